@@ -1,0 +1,472 @@
+"""What a run is: one frozen tree, filled from a YAML file and dotted overrides.
+
+Knows nothing of torch, Ray or files other than the spec itself. Every section refuses keys it does not have
+and names the nearest right one; values derived from others are properties, never stored twice.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+
+class UserError(ValueError):
+    """Something the user can put right. The message says what, why and what to change."""
+
+
+class SpecError(UserError):
+    """The spec itself is wrong; the message starts with the dotted path."""
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, strict about keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            for key in values:
+                if key not in cls.model_fields:
+                    raise PydanticCustomError("unknown_key", "{key}", {"key": str(key), "near": _nearest(cls, str(key))})
+        return values
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+class _Data(Section):
+    task: str = "classification"
+    split_seed: int = 0
+    validation_rows: int = Field(200, ge=1)
+    calibration_rows: int = Field(200, ge=1)
+
+    @field_validator("task")
+    @classmethod
+    def _only_classification(cls, task: str) -> str:
+        if task != "classification":
+            raise ValueError("not supported yet; the only task is 'classification'")
+        return task
+
+
+class Digits(_Data):
+    """scikit-learn's 1,797 images of 8x8, embedded: needs no file."""
+
+    source: Literal["digits"] = "digits"
+    test_rows: int = Field(600, ge=1)
+
+
+class FashionMnist(_Data):
+    """The four gzip IDX files of Fashion-MNIST; the 10,000 official test rows are the test split."""
+
+    source: Literal["fashion_mnist"]
+    path: str = "/usr/share/datasets/fashion-mnist"
+    validation_rows: int = Field(3000, ge=1)
+    calibration_rows: int = Field(500, ge=1)
+
+
+class Npz(_Data):
+    """A user's arrays: `x` [rows, ...] and `y` [rows]; optional `labels`, `x_test`, `y_test`."""
+
+    source: Literal["npz"]
+    path: str
+    test_rows: int = Field(1000, ge=1)
+
+
+class DataFactory(_Data):
+    """A user's own torch Dataset: `module:callable`, called with `options`."""
+
+    source: Literal["factory"]
+    factory: str
+    options: dict[str, Any] = {}
+    test_rows: int = Field(1000, ge=1)
+
+
+Data = Annotated[Digits | FashionMnist | Npz | DataFactory, Field(discriminator="source")]
+
+# --- model --------------------------------------------------------------------------------------------------------
+
+
+class ConvNet(Section):
+    """A residual CNN: one stage a width, each halving the picture but the first."""
+
+    name: Literal["convnet"] = "convnet"
+    channels: tuple[int, ...] = (32, 64)
+    blocks: tuple[int, ...] = (1, 1)
+
+    @model_validator(mode="after")
+    def _one_depth_a_width(self) -> ConvNet:
+        if len(self.channels) != len(self.blocks):
+            raise ValueError(f"channels has {len(self.channels)} stages and blocks {len(self.blocks)}; give one block count a stage")
+        return self
+
+
+class Transformer(Section):
+    """A pre-norm encoder over square patches, mean-pooled."""
+
+    name: Literal["transformer"]
+    patch: int = Field(4, ge=1)
+    dim: int = Field(64, ge=8)
+    depth: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    mlp_ratio: float = Field(4.0, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_divide_dim(self) -> Transformer:
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
+        return self
+
+
+class ModelFactory(Section):
+    """A user's own `torch.nn.Module`: `module:callable`, called with `options`."""
+
+    name: Literal["factory"]
+    factory: str
+    options: dict[str, Any] = {}
+
+
+Model = Annotated[ConvNet | Transformer | ModelFactory, Field(discriminator="name")]
+
+# --- train --------------------------------------------------------------------------------------------------------
+
+
+class Train(Section):
+    """One training run. `batch_size` is global: over all workers and all accumulated micro-batches."""
+
+    epochs: int = Field(20, ge=1)
+    batch_size: int = Field(64, ge=1)
+    accumulate_steps: int = Field(1, ge=1)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float = Field(0.1, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    warmup_fraction: float = Field(0.1, ge=0, le=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    clip_norm: float | None = Field(5.0, gt=0)
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    augment: Literal["none", "shift", "shift_flip"] = "none"
+    num_workers: int = Field(0, ge=0)
+    use_gpu: bool = False
+    cpus_per_worker: int = Field(1, ge=1)
+    checkpoint_every_steps: int = Field(200, ge=1)
+    max_failures: int = Field(2, ge=0)
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Train:
+        parts = max(1, self.num_workers) * self.accumulate_steps
+        if self.batch_size % parts:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of num_workers x accumulate_steps = {parts}; "
+                f"take {self.batch_size // parts * parts or parts} or {(self.batch_size // parts + 1) * parts}"
+            )
+        return self
+
+
+# --- compress -----------------------------------------------------------------------------------------------------
+
+
+class Prune(Section):
+    """Structured pruning until at least `mac_cut` of the multiply-accumulates are gone."""
+
+    mac_cut: float = Field(0.5, gt=0, lt=1)
+    round_to: int = Field(8, ge=1)
+    steps: int = Field(20, ge=1)
+
+
+class Distill(Section):
+    """Fine-tuning against the dense model: alpha * KL at `temperature` + (1 - alpha) * cross entropy."""
+
+    epochs: int = Field(10, ge=1)
+    learning_rate: float = Field(0.05, gt=0)
+    temperature: float = Field(4.0, gt=0)
+    alpha: float = Field(0.7, ge=0, le=1)
+
+
+class Quantize(Section):
+    """INT8 post-training quantization of the exported ONNX."""
+
+    calibration: Literal["minmax", "entropy", "percentile"] = "minmax"
+    quantize_add: bool | None = None
+    reduce_range: bool = False
+
+
+class Step(Section):
+    """One compression step: exactly one of its keys."""
+
+    prune: Prune | None = None
+    distill: Distill | None = None
+    quantize: Quantize | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Step:
+        given = [kind for kind in type(self).model_fields if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a step holds exactly one of prune, distill, quantize (an empty one is written 'quantize: {{}}'); this has {given or 'none'}")
+        return self
+
+    @property
+    def kind(self) -> str:
+        return next(kind for kind in type(self).model_fields if getattr(self, kind) is not None)
+
+    @property
+    def options(self) -> Prune | Distill | Quantize:
+        return typing.cast("Prune | Distill | Quantize", getattr(self, self.kind))
+
+
+# --- export, engine, gate, search, serve, storage -----------------------------------------------------------------
+
+
+class Export(Section):
+    """ONNX file and the batch sizes it is verified at: 1, 2, opt, max and one random size."""
+
+    opset: int = Field(20, ge=18)
+    opt_batch: int = Field(8, ge=1)
+    max_batch: int = Field(64, ge=2)
+    golden_rows: int = Field(64, ge=2)
+    tolerance: float = Field(1e-4, gt=0)
+
+    @model_validator(mode="after")
+    def _opt_below_max(self) -> Export:
+        if self.opt_batch > self.max_batch:
+            raise ValueError(f"opt_batch {self.opt_batch} exceeds max_batch {self.max_batch}")
+        return self
+
+
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {"onnxruntime": ("fp32", "int8"), "tensorrt": ("fp32", "int8")}
+
+
+class Engine(Section):
+    """`backend` is measured, gated and served; `also_build` are built, and run where the device is there."""
+
+    backend: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
+    also_build: tuple[Literal["onnxruntime", "tensorrt"], ...] = ()
+    precisions: tuple[Precision, ...] | None = None
+    threads: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _backend_has_precision(self) -> Engine:
+        for precision in self.precisions or ():
+            for backend in (self.backend, *self.also_build):
+                if precision not in BACKEND_PRECISIONS[backend]:
+                    raise ValueError(f".precisions: {precision!r} is not one of {', '.join(BACKEND_PRECISIONS[backend])}, which backend {backend!r} has")
+        return self
+
+
+class Gate(Section):
+    """How much accuracy may be lost (a fraction: 0.005 is half a point) and how sure we must be."""
+
+    max_accuracy_drop: float = Field(0.005, gt=0, lt=1)
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    latency_pairs: int = Field(300, ge=20)
+
+
+class Search(Section):
+    """Hyperparameter search (the search space itself is a file of tune_spaces/)."""
+
+    trials: int = Field(20, ge=1)
+    seed: int = 0
+
+
+class Serve(Section):
+    """How a published version is served."""
+
+    port: int = Field(8000, ge=1, le=65535)
+    max_batch: int = Field(32, ge=1)
+    max_delay_ms: float = Field(0.0, ge=0)
+    max_queue: int = Field(1024, ge=1)
+    num_replicas: int = Field(1, ge=1)
+
+
+class Storage(Section):
+    """Where stages leave their artifacts: a local folder, a mount shared by all nodes, or s3://bucket/prefix."""
+
+    path: str = "runs"
+    shared: bool = False
+    cache: str = "~/.cache/portaisys"
+
+    @property
+    def remote(self) -> bool:
+        return "://" in self.path
+
+    @property
+    def cache_dir(self) -> Path:
+        return Path(self.cache).expanduser().resolve()
+
+
+class Spec(Section):
+    """The whole run."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
+    seed: int = 0
+    data: Data = Digits()
+    model: Model = ConvNet()
+    train: Train = Train()
+    compress: tuple[Step, ...] = ()
+    export: Export = Export()
+    engine: Engine = Engine()
+    gate: Gate = Gate()
+    search: Search = Search()
+    serve: Serve = Serve()
+    storage: Storage = Storage()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_kinds(cls, tree: Any) -> Any:
+        """`data` and `model` without their kind mean the defaults: digits and convnet."""
+        if not isinstance(tree, Mapping):
+            return tree
+        kinds = {"data": ("source", "digits"), "model": ("name", "convnet")}
+        filled = {name: {key: kind, **tree[name]} for name, (key, kind) in kinds.items() if isinstance(tree.get(name), Mapping)}
+        return {**tree, **filled}
+
+    @model_validator(mode="after")
+    def _steps_in_order(self) -> Spec:
+        kinds = [step.kind for step in self.compress]
+        if "quantize" in kinds[:-1]:
+            raise ValueError("compress: quantize works on the exported file, so it must be the last step, and stand once")
+        if self.engine.precisions and "int8" in self.engine.precisions and "quantize" not in kinds:
+            raise ValueError("engine.precisions: 'int8' needs a quantize step; add '- quantize: {}' to compress")
+        return self
+
+    @property
+    def quantize(self) -> Quantize | None:
+        return self.compress[-1].quantize if self.compress else None
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Precisions an engine is built for, fp32 first."""
+        return self.engine.precisions or (("fp32", "int8") if self.quantize else ("fp32",))
+
+    def digest(self, *sections: str) -> str:
+        """SHA-256 of the named top-level sections, as a hex string."""
+        return digest({name: self.model_dump(mode="json")[name] for name in sections})
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (hex) of a JSON-able value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+# --- the one door -------------------------------------------------------------------------------------------------
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
+    """Read a YAML file, apply `section.key=value` overrides, validate.
+
+    Raises SpecError naming the dotted path, the reason and the fix.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise SpecError(f"{path}: no such spec file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise SpecError(f"{path}: a spec is a mapping of sections, this is {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    return parse(tree)
+
+
+def parse(tree: Mapping[str, Any]) -> Spec:
+    """Validate a plain tree (as `dump` returns it). Raises SpecError."""
+    try:
+        return Spec.model_validate(tree)
+    except ValidationError as error:
+        raise SpecError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def dump(spec: Spec) -> dict[str, Any]:
+    """The resolved tree as plain YAML-able values; `parse(dump(spec)) == spec`."""
+    return spec.model_dump(mode="json")
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise SpecError(f"override {override!r}: write it as section.key=value, for example train.epochs=3")
+    node: Any = tree
+    *parents, last = path.split(".")
+    for part in parents:
+        node = _child(node, part, path)
+    if isinstance(node, list):
+        node[_index(node, last, path)] = yaml.safe_load(text)
+    else:
+        node[last] = yaml.safe_load(text)
+
+
+def _child(node: Any, part: str, path: str) -> Any:
+    child = node[_index(node, part, path)] if isinstance(node, list) else node.setdefault(part, {})
+    if not isinstance(child, (dict, list)):
+        raise SpecError(f"override {path}: {part!r} holds the value {child!r}, so nothing can stand below it")
+    return child
+
+
+def _index(node: list[Any], part: str, path: str) -> int:
+    if not part.isdecimal() or int(part) >= len(node):
+        raise SpecError(f"override {path}: {part!r} is not an index of a list of {len(node)}")
+    return int(part)
+
+
+def _explain(item: Any) -> str:
+    path = ".".join(str(part) for part in _without_tags(item["loc"]))
+    if item["type"] == "unknown_key":
+        key, near = item["ctx"]["key"], item["ctx"]["near"]
+        full = f"{path}.{key}" if path else key
+        return f"{full}: unknown key{f'; did you mean {near!r}?' if near else ''}"
+    message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if message.startswith("."):  # a section's validator speaks of one of its own keys
+        return f"{path}{message}"
+    given = "" if isinstance(item["input"], (dict, list, tuple)) else f": {item['input']!r}"
+    return f"{path or 'spec'}{given}: {message[0].lower()}{message[1:]}"
+
+
+def _without_tags(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """Drop the tag pydantic puts after a discriminated section ('data', 'npz', 'path')."""
+    return loc[:1] + loc[2:] if len(loc) > 1 and loc[0] in ("data", "model") and loc[1] in _TAGS else loc
+
+
+_TAGS = {"digits", "fashion_mnist", "npz", "factory", "convnet", "transformer"}
+
+
+def _nearest(section: type[Section], key: str) -> str:
+    here = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.6)
+    if here:
+        return here[0]
+    paths = list(_paths(Spec))
+    leaf = [path for path in paths if path.rsplit(".", 1)[-1] == key]
+    return (leaf or difflib.get_close_matches(key, paths, n=1, cutoff=0.8) or [""])[0]
+
+
+def _paths(section: type[Section], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for inner in _sections_of(field.annotation):
+            yield from _paths(inner, f"{prefix}{name}.")
+
+
+def _sections_of(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [found for part in typing.get_args(annotation) for found in _sections_of(part)]
+    return []
+
+
+def json_schema() -> str:
+    """The spec's JSON schema, for editors."""
+    return json.dumps(Spec.model_json_schema(), indent=1, sort_keys=True) + "\n"
