@@ -136,7 +136,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(name, path)
+        Path(name).replace(path)
         sync_folder(path.parent)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -167,11 +167,11 @@ def _replace(draft: Path, folder: Path) -> None:
         # A folder cannot be renamed over a full one: the old one steps aside first. A crash between the two
         # renames leaves no artifact, never a wrong one, and the stage simply runs again.
         old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-        os.rename(folder, old / "was")
-        os.rename(draft, folder)
+        folder.rename(old / "was")
+        draft.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
     else:
-        os.rename(draft, folder)
+        draft.rename(folder)
     sync_folder(folder.parent)
 
 

@@ -1,1 +1,159 @@
-"""placeholder, filled in this session"""
+"""Models: one table, one file an architecture. Every model takes raw rows; normalisation is its first layer.
+
+`build` makes one from a spec section, `rebuild` makes a pruned one from the shapes of its weights (no pickle),
+`count` gives parameters and multiply-accumulates. Knows nothing of data sets or training.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from portaisys import artifact, spec
+from portaisys.data.sources import call_factory
+from portaisys.models.convnet import convnet
+from portaisys.models.transformer import transformer
+from portaisys.spec import UserError
+
+
+def _factory(options: spec.ModelFactory, shape: tuple[int, ...], classes: int) -> nn.Module:
+    made = call_factory(options.factory, options.options, "model.factory")
+    if not isinstance(made, nn.Module):
+        raise UserError(f"model.factory: {options.factory} gave a {type(made).__name__}, not a torch.nn.Module")
+    return made
+
+
+MODELS: dict[type[Any], Callable[..., nn.Module]] = {
+    spec.ConvNet: convnet,
+    spec.Transformer: transformer,
+    spec.ModelFactory: _factory,
+}
+
+
+class Classifier(nn.Module):
+    """Raw rows [B, *shape] -> logits [B, classes]: normalise, then `net`. So no caller can forget the normalisation."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, net: nn.Module, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", 1 / std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net((x - self.mean) * self.scale)
+        return logits
+
+
+def build(options: Any, shape: Sequence[int], classes: int, mean: Any = (0.0,), std: Any = (1.0,)) -> Classifier:
+    """A fresh model for rows of `shape`. `mean`, `std`: one value, or one a channel.
+
+    Raises UserError when the factory fails or the outputs do not match the classes.
+    """
+    net = MODELS[type(options)](options, tuple(shape), classes)
+    spread = (-1,) + (1,) * (len(shape) - 1)
+    model = Classifier(net, torch.as_tensor(mean).reshape(spread), torch.as_tensor(std).reshape(spread))
+    _check_outputs(model, shape, classes)
+    return model
+
+
+def _check_outputs(model: nn.Module, shape: Sequence[int], classes: int) -> None:
+    try:
+        with torch.no_grad():
+            logits = copy.deepcopy(model).eval()(torch.zeros(2, *shape))
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"model: it does not take rows of shape {tuple(shape)}: {error}") from None
+    if not isinstance(logits, Tensor) or logits.shape != (2, classes):
+        given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(f"model: for 2 rows it gives {given}, the data has {classes} classes; its output must be logits of shape (2, {classes})")
+
+
+def count(model: nn.Module, shape: Sequence[int]) -> dict[str, int]:
+    """`parameters` and `macs` (multiply-accumulates of one row: half of torch's FLOP count)."""
+    counter = FlopCounterMode(display=False)
+    # The counter knows no fused CPU attention kernel and would count it as nothing; the plain one it does know.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        copy.deepcopy(model).eval()(torch.zeros(1, *shape))
+    return {"parameters": sum(p.numel() for p in model.parameters()), "macs": counter.get_total_flops() // 2}
+
+
+def predictor(model: nn.Module) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    """The model as a plain function of arrays, in evaluation mode: rows [B, *shape] -> logits [B, classes], float32."""
+    frozen = model.eval()
+    device = next(model.parameters()).device
+
+    def predict(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            logits: NDArray[np.float32] = frozen(torch.from_numpy(x).to(device)).float().cpu().numpy()
+            return logits
+
+    return predict
+
+
+def save(model: nn.Module, path: Path) -> None:
+    """Weights as safetensors, whole or not at all."""
+    artifact.write_bytes(path, safetensors.torch.save({name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}))
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Weights saved by `save`. Raises UserError when the file is damaged."""
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load(path.read_bytes())
+        return tensors
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: no readable safetensors file ({error}); delete its folder and run the stage again") from None
+
+
+# What follows the shape of a layer's weight, by layer type: attribute -> dimension of the weight.
+_ATTRIBUTES: dict[type[nn.Module], dict[str, int]] = {
+    nn.Linear: {"out_features": 0, "in_features": 1},
+    nn.BatchNorm1d: {"num_features": 0},
+    nn.BatchNorm2d: {"num_features": 0},
+}
+
+
+def rebuild(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give `model` the weights `tensors` (a state dict), changing layer widths in place where shapes differ.
+
+    Raises UserError when the names differ: the tensors belong to another model.
+    """
+    state = model.state_dict()
+    if state.keys() != tensors.keys():
+        odd = sorted(state.keys() ^ tensors.keys())
+        raise UserError(f"model: the checkpoint is of another model; {len(odd)} tensor names differ, first {odd[0]!r}")
+    for name, tensor in tensors.items():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        if leaf in owner._parameters and owner._parameters[leaf] is not None:
+            owner._parameters[leaf] = nn.Parameter(tensor.clone())
+        else:
+            owner._buffers[leaf] = tensor.clone()
+    for module in model.modules():
+        _follow_weight(module)
+
+
+def _follow_weight(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        # A grouped convolution's weight is [out, in / groups]; only a depthwise one changes its groups when pruned.
+        depthwise = module.groups == module.in_channels
+        module.out_channels = module.weight.shape[0]
+        module.groups = module.out_channels if depthwise and module.groups > 1 else module.groups
+        module.in_channels = module.weight.shape[1] * module.groups
+    elif isinstance(module, nn.LayerNorm) and module.weight is not None:
+        module.normalized_shape = tuple(module.weight.shape)
+    for attribute, dim in _ATTRIBUTES.get(type(module), {}).items():
+        if isinstance(module.weight, Tensor):
+            setattr(module, attribute, module.weight.shape[dim])

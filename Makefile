@@ -1,0 +1,49 @@
+# make demo | make test | make check: each does all set-up first. PYTHON picks the interpreter (3.11 to 3.13).
+PYTHON ?= python3.11
+# The line of torch is yours to choose, for example
+#   make setup TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch>=2.11,<2.14
+TORCH_ARGS ?=
+BIN := .venv/bin
+
+.PHONY: setup demo test check bench-setup slow lock clean
+.DEFAULT_GOAL := demo
+
+setup: .venv/ready
+
+# torch first: everything else in the lock is pinned by hash, torch's build depends on the machine.
+.venv/ready: requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "setup: no $(PYTHON) here; apt-get install python3 python3-venv, or make setup PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip check >/dev/null || $(BIN)/python -m pip check | grep -v 'nvidia\|triton\|cuda' || true
+	touch $@
+
+demo: setup
+	$(BIN)/portaisys demo jobs/specs/digits.yaml
+
+test: setup
+	$(BIN)/python -m pytest
+
+slow: setup
+	$(BIN)/python -m pytest -m slow
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Peers that benchmarks measure against get environments of their own, so that they cannot change ours.
+bench-setup: setup
+	test -x .venvs/peers/bin/python || $(PYTHON) -m venv .venvs/peers
+	.venvs/peers/bin/python -m pip install --quiet "litserve>=0.2,<1" "onnxruntime>=1.24,<1.32"
+
+# The lock covers every supported Python; torch and what only its CUDA build needs stay out.
+lock:
+	uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+	  --no-emit-index-url --no-emit-find-links --extra train --extra tensorrt-rtx --extra s3 --extra test --extra dev --no-emit-package torch -o requirements.lock
+
+clean:
+	rm -rf .venv .venvs build

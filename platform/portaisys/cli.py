@@ -1,0 +1,161 @@
+"""The verbs of `portaisys`: thin, one function each. Errors the user can put right are one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from portaisys import spec
+from portaisys.screen import Screen, closing_table, console, ledger_table, versions_table
+from portaisys.spec import Storage, UserError
+
+_EXAMPLES = """examples:
+  portaisys run jobs/specs/digits.yaml train.epochs=5
+  portaisys spec jobs/specs/fashion_mnist.yaml
+  portaisys versions digits
+  portaisys serve digits@production --port 8000
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.verb(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="portaisys", description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(required=True, metavar="verb")
+    _verb(verbs, run, "run every stage of a spec that is not finished, gate, publish", "portaisys run jobs/specs/digits.yaml", _spec_arguments, _promote_argument)
+    _verb(verbs, demo, "run a spec, then serve it and ask it real requests", "portaisys demo jobs/specs/digits.yaml", _spec_arguments)
+    _verb(verbs, show_spec, "print the resolved spec, or its JSON schema", "portaisys spec jobs/specs/digits.yaml train.epochs=3", _optional_spec_arguments, name="spec")
+    _verb(verbs, versions, "list the versions of a name", "portaisys versions digits", _name_argument, _storage_arguments)
+    _verb(verbs, promote, "put a version with a passing verdict in production", "portaisys promote digits@2", _version_argument, _because_arguments, _storage_arguments)
+    _verb(verbs, rollback, "put back the version that was in production before", "portaisys rollback digits", _name_argument, _because_arguments, _storage_arguments)
+    _verb(verbs, ledger, "show and check the append-only ledger", "portaisys ledger", _storage_arguments)
+    _verb(verbs, serve, "serve a version over HTTP with Ray Serve", "portaisys serve digits@production", _version_argument, _serve_arguments, _storage_arguments)
+    return parser
+
+
+def _verb(verbs: Any, function: Callable[[argparse.Namespace], None], text: str, example: str, *add: Callable[[Any], None], name: str = "") -> None:
+    parser = verbs.add_parser(
+        name or function.__name__, help=text, description=text, epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for arguments in add:
+        arguments(parser)
+    parser.set_defaults(verb=function)
+
+
+def _spec_arguments(parser: Any) -> None:
+    parser.add_argument("file", help="a spec, for example jobs/specs/digits.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example train.epochs=3")
+
+
+def _optional_spec_arguments(parser: Any) -> None:
+    parser.add_argument("file", nargs="?", help="a spec, for example jobs/specs/digits.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example train.epochs=3")
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of every spec, for editors")
+
+
+def _promote_argument(parser: Any) -> None:
+    parser.add_argument("--no-promote", action="store_true", help="publish as candidate only")
+
+
+def _name_argument(parser: Any) -> None:
+    parser.add_argument("name", help="the name of a run, for example digits")
+
+
+def _version_argument(parser: Any) -> None:
+    parser.add_argument("reference", metavar="NAME@VERSION", help="a version or an alias, for example digits@2 or digits@candidate")
+
+
+def _because_arguments(parser: Any) -> None:
+    parser.add_argument("--because", default="", help="a reason for the ledger")
+
+
+def _storage_arguments(parser: Any) -> None:
+    parser.add_argument("--storage", default=Storage().path, help="storage.path of the runs (default: %(default)s)")
+
+
+def _serve_arguments(parser: Any) -> None:
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--replicas", type=int, default=1)
+
+
+# --- the verbs --------------------------------------------------------------------------------------------------
+
+
+def run(options: argparse.Namespace) -> None:
+    from portaisys import launch
+
+    resolved = spec.load(options.file, options.overrides)
+    with Screen() as tell:
+        outcome = launch.run(resolved, tell, promote=not options.no_promote)
+    closing_table(outcome)
+
+
+def demo(options: argparse.Namespace) -> None:
+    from portaisys import demo as show
+
+    show.run(spec.load(options.file, options.overrides))
+
+
+def show_spec(options: argparse.Namespace) -> None:
+    if options.schema:
+        sys.stdout.write(spec.json_schema())
+        return
+    if not options.file:
+        raise UserError("spec: name a file, or ask for --schema")
+    sys.stdout.write(spec.to_yaml(spec.load(options.file, options.overrides)))
+
+
+def versions(options: argparse.Namespace) -> None:
+    console.print(versions_table(_registry(options).versions(options.name)))
+
+
+def promote(options: argparse.Namespace) -> None:
+    registry = _registry(options)
+    chosen = registry.resolve(options.reference)
+    console.print(f"{registry.promote(chosen.name, chosen.version, options.because)} is in production")
+
+
+def rollback(options: argparse.Namespace) -> None:
+    console.print(f"{_registry(options).rollback(options.name, options.because)} is in production again")
+
+
+def ledger(options: argparse.Namespace) -> None:
+    registry = _registry(options)
+    console.print(ledger_table(registry.ledger()))
+    console.print(f"chain intact, last entry {registry.verify_ledger()[:12] or '(empty)'}")
+
+
+def serve(options: argparse.Namespace) -> None:
+    from portaisys.serve.app import ServeArgs
+    from portaisys.serve.local import serving, until_stopped
+
+    arguments = ServeArgs(model=options.reference, storage=Storage(path=options.storage), num_replicas=options.replicas)
+    console.print(f"starting {options.reference}")
+    with serving(arguments, host=options.host, port=options.port) as url:
+        console.print(f"ready: {url}/v2/models/{options.reference.partition('@')[0]}/infer (stop with Ctrl-C)", soft_wrap=True)
+        until_stopped()
+
+
+def _registry(options: argparse.Namespace) -> Any:
+    from portaisys.registry import open_registry
+
+    return open_registry(Storage(path=options.storage), create=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Structured pruning: whole channels and neurons leave, so that every engine gets faster, not only sparse ones.
+
+Torch-Pruning finds what must leave together (Fang et al. 2023, DepGraph, arXiv:2301.12900). Knows nothing of data:
+importance is the norm of the weights. Accuracy comes back in distill.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch_pruning
+from torch import nn
+
+from portaisys.models import count
+from portaisys.models.transformer import Attention
+from portaisys.spec import Prune, UserError
+
+
+def prune(model: nn.Module, shape: Sequence[int], options: Prune, classes: int) -> dict[str, Any]:
+    """Prune `model` in place until both cuts are met. Returns figures: parameters, macs, and both cuts as fractions.
+
+    Raises UserError, naming the best reachable cut, when the structure allows no more.
+    """
+    before = now = count(model, shape)
+    pruner = _pruner(model, shape, options, classes)
+    for _ in range(options.steps):
+        if _enough(before, now, options):
+            break
+        pruner.step()
+        now = count(model, shape)
+    if not _enough(before, now, options):
+        raise UserError(
+            f"compress.prune: mac_cut {options.mac_cut} and parameter_cut {options.parameter_cut} cannot be met; this model reaches at most "
+            f"mac_cut {_cut(before, now, 'macs'):.3f} and parameter_cut {_cut(before, now, 'parameters'):.3f} with round_to {options.round_to}; ask for less"
+        )
+    return {**now, "mac_cut": _cut(before, now, "macs"), "parameter_cut": _cut(before, now, "parameters")}
+
+
+def _enough(before: dict[str, int], now: dict[str, int], options: Prune) -> bool:
+    return _cut(before, now, "macs") >= options.mac_cut and _cut(before, now, "parameters") >= options.parameter_cut
+
+
+def _cut(before: dict[str, int], now: dict[str, int], what: str) -> float:
+    return 1 - now[what] / before[what]
+
+
+def _pruner(model: nn.Module, shape: Sequence[int], options: Prune, classes: int) -> Any:
+    # No width is left below an eighth of what it was: beyond that a model is another one, not a pruned one.
+    return torch_pruning.pruner.BasePruner(
+        model,
+        torch.zeros(2, *shape),
+        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=0.875,
+        iterative_steps=options.steps,
+        ignored_layers=_kept(model, classes),
+        round_to=options.round_to,
+    )
+
+
+def _kept(model: nn.Module, classes: int) -> list[nn.Module]:
+    """The layer that gives the logits, and attention's projections, whose widths are tied to the heads."""
+    heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
+    projections = [layer for m in model.modules() if isinstance(m, (Attention, nn.MultiheadAttention)) for layer in m.children()]
+    return heads[-1:] + projections

@@ -1,0 +1,349 @@
+"""Runs a spec: plan the stages, reuse what is finished, run the rest here or on Ray, publish the result.
+
+A stage is finished when its folder holds an artifact whose key (options, spec sections, parents, data) is the one
+asked for. So a run that died goes on where it was, and a second run of the same spec only reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from portaisys import artifact, data, gate, metrics, models, report, spec, store
+from portaisys.artifact import Artifact
+from portaisys.data import Splits
+from portaisys.engine import backend
+from portaisys.registry import Registry, Version, open_registry
+from portaisys.spec import Spec, UserError
+from portaisys.stages import STAGES, Fit, Job, carry_out
+from portaisys.train import CHECKPOINT, Place
+
+
+class Tell(Protocol):
+    """Progress of a stage; `fraction` in [0, 1] where it is known; `state`: running, done or reused."""
+
+    def __call__(self, stage: str, text: str = "", fraction: float | None = None, state: str = "running") -> None: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the plan. `parents`: role -> name of an earlier stage; `sections`: what of the spec it depends on."""
+
+    name: str
+    kind: str
+    parents: Mapping[str, str] = field(default_factory=dict)
+    sections: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left. `reused`: names of the stages that were finished before."""
+
+    folder: Path
+    artifacts: Mapping[str, Artifact]
+    reused: tuple[str, ...]
+    version: Version
+    report: Path
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of the closing table."""
+        return list(self.artifacts["judge"].scores["rows"])
+
+
+def plan(options: Spec) -> list[Stage]:
+    """The stages of a spec, in order."""
+    stages = [Stage("train", "train", {}, ("seed", "model", "train"))]
+    small = "train"
+    for number, step in enumerate((step for step in options.compress if step.kind != "quantize"), 1):
+        parents = {"student": small} | ({"teacher": "train"} if step.kind == "distill" else {})
+        small = f"{step.kind}-{number}"
+        sections = ("seed", "model", "train") if step.kind == "distill" else ("model",)
+        stages.append(Stage(small, step.kind, parents, sections, step.options.model_dump()))
+    exported = {"dense": "export-dense"} | ({"small": "export-small"} if small != "train" else {})
+    stages += [Stage(name, "export", {"model": small if role == "small" else "train"}, ("seed", "export", "model")) for role, name in exported.items()]
+    if options.quantize:
+        last = list(exported.values())[-1]
+        stages.append(Stage("quantize", "quantize", {"model": last}, (), options.quantize.model_dump()))
+        if "int8" in options.precisions:
+            exported["int8"] = "quantize"
+    device = {"device": backend(options.engine.backend).device(), "version": backend(options.engine.backend).version()}
+    stages.append(Stage("judge", "judge", {"reference": "train"} | exported, ("seed", "engine", "gate", "export"), device))
+    stages.append(Stage("version", "version", {"judge": "judge", "reference": "train"} | exported, ("name", "engine", "export")))
+    return stages
+
+
+def run(options: Spec, tell: Tell, *, promote: bool = True) -> Outcome:
+    """Run every stage of a spec that is not finished; publish the version; write the report.
+
+    Raises UserError for anything the user can put right; what was finished before stays as it was.
+    """
+    folder = run_folder(options)
+    with artifact.locked(folder):
+        artifact.sweep(folder)
+        tell("data", "reading and splitting")
+        splits = data.load(options.data)
+        tell("data", f"{len(splits.train):,} train, {len(splits.validation):,} validation, {len(splits.calibration):,} calibration, {len(splits.test):,} test rows", 1.0, "done")
+        registry = open_registry(options.storage)
+        preflight(options, splits, registry)
+        artifact.write_text(folder / "spec.yaml", spec.to_yaml(options))
+        artifacts: dict[str, Artifact] = {}
+        reused = []
+        for stage in plan(options):
+            artifacts[stage.name], was_there = _one(options, stage, artifacts, splits, registry, folder, tell)
+            reused += [stage.name] if was_there else []
+        tell("publish", "writing version and report")
+        version = _publish(options, artifacts, registry, promote)
+        page = report.write(folder / "report.html", options, artifacts, folder / "logs", str(version))
+        tell("publish", f"{version} is {', '.join(version.aliases) or 'published'}", 1.0, "done")
+    return Outcome(folder, artifacts, tuple(reused), version, page)
+
+
+def run_folder(options: Spec) -> Path:
+    """Where the run's artifacts stand on this machine."""
+    root = options.storage.cache_dir / "runs" if options.storage.remote else Path(options.storage.path).expanduser().resolve()
+    return root / options.name
+
+
+def preflight(options: Spec, splits: Splits, registry: Registry) -> None:
+    """Refuse, before any work is spent, what cannot end well. Raises UserError."""
+    for name in (options.engine.backend, *options.engine.also_build):
+        backend(name).version()
+    if options.storage.remote:
+        store.reachable(options.storage.path)
+    torch.manual_seed(options.seed)
+    models.build(options.model, splits.shape, len(splits.labels), splits.mean, splits.std)
+    candidates = sum(stage.kind in ("export", "quantize") for stage in plan(options)) - 1
+    if candidates:
+        looks = max(candidates, registry.looks(splits.test_digest))
+        gate.refuse_undecidable(len(splits.test), options.gate.max_accuracy_drop, options.gate.confidence, looks)
+
+
+def _one(
+    options: Spec, stage: Stage, done: Mapping[str, Artifact], splits: Splits, registry: Registry, folder: Path, tell: Tell
+) -> tuple[Artifact, bool]:
+    parents = {role: done[name] for role, name in stage.parents.items()}
+    sections = {name: options.model_dump(mode="json")[name] for name in stage.sections}
+    digests = {role: parent.digest for role, parent in parents.items()}
+    key = spec.digest([stage.kind, dict(stage.options), sections, digests, splits.digest])
+    place, uri = folder / stage.name, f"{options.storage.path}/{options.name}/{stage.name}"
+    if options.storage.remote and not place.exists():
+        store.pull(uri, place)
+    found = artifact.find(place, key)
+    if found:
+        tell(stage.name, "finished before", 1.0, "reused")
+        return found, True
+    work = folder / f"{stage.name}.work"
+    fit = Fit(
+        spec.dump(options), stage.kind, stage.options, {role: str(parent.path) for role, parent in parents.items()}, key,
+        str(work), str(folder / "logs" / f"{stage.name}.jsonl"), f"{uri}.work" if options.storage.remote else "",
+    )  # fmt: skip
+    job = Job(
+        options, stage.kind, key, stage.options, parents, splits, train=partial(_train, options, fit, partial(tell, stage.name)),
+        looks=partial(registry.record_looks, splits.test_digest), tell=partial(tell, stage.name),
+    )  # fmt: skip
+    tell(stage.name)
+    with artifact.writing(place, kind=stage.kind, key=key, parents=digests, spec=sections) as draft:
+        STAGES[stage.kind](job, draft)
+    made = artifact.read(place)
+    if options.storage.remote:
+        store.push(place, uri)
+    shutil.rmtree(work, ignore_errors=True)
+    tell(stage.name, f"{made.seconds:.1f} s", 1.0, "done")
+    return made, False
+
+
+def _publish(options: Spec, artifacts: Mapping[str, Artifact], registry: Registry, promote: bool) -> Version:
+    rows = artifacts["judge"].scores["rows"]
+    best = next(row for row in rows if row["engine"] == artifacts["version"].scores["admitted"][0])
+    lineage = {name: found.digest for name, found in artifacts.items()} | {"spec": spec.digest(spec.dump(options))}
+    known = registry.of_digest(options.name, artifacts["version"].digest)
+    run_id = known.run_id if known else registry.log_run(
+        options.name, spec.dump(options), lineage, {f"{row['engine']} {row['backend']}": row for row in rows}, {"report": str(run_folder(options) / "report.html")}
+    )  # fmt: skip
+    version = registry.publish(options.name, artifacts["version"].path, run_id, lineage, {"action": "pass", "because": best["because"]})
+    if promote and "production" not in version.aliases:
+        version = registry.promote(options.name, version.version, because=best["because"])
+    return version
+
+
+# --- training, here or on Ray -----------------------------------------------------------------------------------
+
+
+def _train(options: Spec, fit: Fit, tell: Callable[..., None]) -> Path:
+    """Carry out a Fit where `train.num_workers` says; returns the folder with the weights."""
+    if options.train.num_workers == 0:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        carry_out(fit, Place(device=device(options)), partial(_log, fit, tell))
+    else:
+        with on_ray(options.train.num_workers * options.train.cpus_per_worker), _watching(Path(fit.log), tell):
+            _ray_train(options, fit)
+    return Path(fit.work)
+
+
+def device(options: Spec) -> str:
+    """The device of this process: a GPU where the spec asks for one. Raises UserError when there is none."""
+    if options.train.use_gpu and not torch.cuda.is_available():
+        raise UserError("train.use_gpu: torch sees no GPU here; install a CUDA build of torch (README, Installing) or set train.use_gpu=false")
+    return "cuda" if options.train.use_gpu else "cpu"
+
+
+def _log(fit: Fit, tell: Callable[..., None], values: Mapping[str, float], checkpoint: Path | None) -> None:
+    metrics.append(Path(fit.log), values)
+    _show(tell, values)
+
+
+def _show(tell: Callable[..., None], row: Mapping[str, float]) -> None:
+    accuracy = f", validation {row['validation_accuracy']:.2%}" if "validation_accuracy" in row else ""
+    tell(f"epoch {row['epoch']:.1f}, loss {row['loss']:.3f}{accuracy}, {row['samples_per_s']:,.0f} rows/s", row["step"] / row["steps"])
+
+
+@contextlib.contextmanager
+def _watching(log: Path, tell: Callable[..., None]) -> Iterator[None]:
+    """Show the lines that a worker elsewhere appends to its log."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        seen = len(metrics.read(log))
+        while not stop.wait(0.5):
+            rows = metrics.read(log)
+            if len(rows) > seen:
+                seen = len(rows)
+                _show(tell, rows[-1])
+
+    tell("starting workers")
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+# Ray Train reports at most once per health check: at its default of 2 s a short epoch would wait for it.
+_RAY_ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}
+
+
+@contextlib.contextmanager
+def on_ray(num_cpus: int) -> Iterator[None]:
+    """The Ray cluster that is there (RAY_ADDRESS, or a job's own), or one of our own for the time of the block."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS")
+    own: dict[str, Any] = {} if address else {"num_cpus": num_cpus + 1, "include_dashboard": False}
+    ray.init(address=address or "local", log_to_driver=False, configure_logging=False, **own)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _ray_train(options: Spec, fit: Fit) -> None:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    _check_cluster(options)
+    train = options.train
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"fit": asdict(fit), "use_gpu": train.use_gpu, "threads": train.cpus_per_worker},
+        torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=train.num_workers, use_gpu=train.use_gpu, resources_per_worker={"CPU": train.cpus_per_worker} | ({"GPU": 1} if train.use_gpu else {})
+        ),
+        # The name is new every time: with an old one Ray Train resumes by itself, silently, even a finished run.
+        # What is resumed is our own checkpoint, by its key.
+        run_config=RunConfig(
+            name=f"{options.name}-{fit.kind}-{uuid.uuid4().hex[:8]}", storage_path=_ray_storage(options, fit), failure_config=FailureConfig(max_failures=train.max_failures)
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        raise _cause(error) from error
+    if fit.remote:
+        store.fetch_file(f"{fit.remote}/model.safetensors", Path(fit.work) / "model.safetensors")
+
+
+def _ray_storage(options: Spec, fit: Fit) -> str:
+    return f"{options.storage.path}/{options.name}/ray" if options.storage.remote else f"{fit.work}/ray"
+
+
+def _check_cluster(options: Spec) -> None:
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) > 1 and not options.storage.remote and not options.storage.shared:
+        raise UserError(
+            f"storage.path: {options.storage.path!r} is a folder of this machine and the cluster has {len(nodes)} nodes; "
+            "use s3://bucket/prefix, or a mount that all nodes share together with storage.shared=true"
+        )
+    if len(nodes) > 1 and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise UserError("storage: the registry is a sqlite file and the cluster has several nodes; start `mlflow server` and set MLFLOW_TRACKING_URI")
+    train, have = options.train, ray.cluster_resources()
+    need = {"CPU": train.num_workers * train.cpus_per_worker} | ({"GPU": train.num_workers} if train.use_gpu else {})
+    for kind, count in need.items():
+        if have.get(kind, 0) < count:
+            raise UserError(f"train.num_workers: {train.num_workers} workers need {count} {kind}s and the cluster has {have.get(kind, 0):g}; lower it or add nodes")
+
+
+def _cause(error: BaseException) -> UserError:
+    """The user's own error, out of the layers that Ray put around it."""
+    seen: BaseException | None = error
+    failures = getattr(error, "worker_failures", None) or {}
+    for inner in (*failures.values(), error):
+        seen = getattr(inner, "cause", None) or inner
+        if isinstance(seen, UserError):
+            return seen
+    return UserError(f"train: the workers failed: {str(seen).strip().splitlines()[-1]}")
+
+
+def _worker(config: Mapping[str, Any]) -> None:
+    """What each Ray Train worker does: the same `carry_out`, with DDP and a report that Ray hears."""
+    import ray.train
+    import ray.train.torch
+    from torch.nn.parallel import DistributedDataParallel
+
+    fit = Fit(**config["fit"])
+    torch.set_num_threads(config["threads"])
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    checkpoint = Path(fit.work) / CHECKPOINT
+    if fit.remote:
+        store.fetch_file(f"{fit.remote}/{CHECKPOINT}", checkpoint)
+        for parent in map(Path, fit.parents.values()):  # this may be another machine than the one that made them
+            if not parent.exists():
+                store.pull(f"{fit.remote.rpartition('/')[0]}/{parent.name}", parent)
+
+    def report(values: Mapping[str, float], folder: Path | None) -> None:
+        if rank == 0:
+            metrics.append(Path(fit.log), values)
+            if fit.remote and folder:
+                store.send_file(checkpoint, f"{fit.remote}/{CHECKPOINT}")
+        # Ray hears metrics only: the checkpoint is ours, already in its place, and every rank reports equally often.
+        ray.train.report(dict(values))
+
+    where = str(ray.train.torch.get_device()) if config["use_gpu"] else "cpu"
+    carry_out(fit, Place(rank, context.get_world_size(), where, DistributedDataParallel), report)
+    if fit.remote and rank == 0:
+        store.send_file(Path(fit.work) / "model.safetensors", f"{fit.remote}/model.safetensors")
+
+
+__all__ = ["Outcome", "Sequence", "Stage", "Tell", "device", "on_ray", "plan", "preflight", "run", "run_folder"]

@@ -1,0 +1,24 @@
+"""Step logs of training: one JSON object a line, appended; readable while it grows, and after a crash."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def append(path: Path, values: Mapping[str, Any]) -> None:
+    """Add one line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as stream:
+        stream.write(json.dumps(dict(values)) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All whole lines, in order of `step`; a step that was repeated after a resume counts once, as last written."""
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+    rows = [json.loads(line) for line in lines]
+    return [row for _, row in sorted({row["step"]: row for row in rows}.items())]

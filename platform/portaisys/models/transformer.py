@@ -1,0 +1,70 @@
+"""A pre-norm transformer encoder over image patches (Dosovitskiy et al. 2021, arXiv:2010.11929), mean-pooled."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from portaisys import spec
+from portaisys.spec import UserError
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. `head_dim` is stored, so that pruning may change the width around it."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, dim // heads
+        self.q, self.k, self.v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        q, k, v = (self._split(layer(x_BTD)) for layer in (self.q, self.k, self.v))
+        y_BHTd = F.scaled_dot_product_attention(q, k, v)
+        y: Tensor = self.out(y_BHTd.transpose(1, 2).flatten(2))
+        return y
+
+    def _split(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD.reshape(*x_BTD.shape[:2], self.heads, self.head_dim).transpose(1, 2)
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each behind a norm and around a residual."""
+
+    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(dim), Attention(dim, heads)
+        self.norm2, self.up, self.down = nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.norm1(x_BTD))
+        y: Tensor = x_BTD + self.down(F.gelu(self.up(self.norm2(x_BTD))))
+        return y
+
+
+class Encoder(nn.Module):
+    """x_BCHW -> logits [B, classes]."""
+
+    def __init__(self, options: spec.Transformer, channels: int, tokens: int, classes: int) -> None:
+        super().__init__()
+        dim, hidden = options.dim, int(options.dim * options.mlp_ratio)
+        self.patches = nn.Conv2d(channels, dim, options.patch, options.patch)
+        self.position = nn.Parameter(torch.randn(1, tokens, dim) * 0.02)
+        self.layers = nn.ModuleList(Layer(dim, options.heads, hidden) for _ in range(options.depth))
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x_BTD = self.patches(x_BCHW).flatten(2).transpose(1, 2) + self.position
+        for layer in self.layers:
+            x_BTD = layer(x_BTD)
+        logits: Tensor = self.head(self.norm(x_BTD).mean(1))
+        return logits
+
+
+def transformer(options: spec.Transformer, shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The encoder for rows of [channels, height, width]. Raises UserError when patches do not tile the picture."""
+    if len(shape) != 3 or shape[1] % options.patch or shape[2] % options.patch:
+        raise UserError(f"model.patch: {options.patch} does not tile rows of {shape}; they must be [channels, height, width] with both a multiple of it")
+    tokens = (shape[1] // options.patch) * (shape[2] // options.patch)
+    return Encoder(options, shape[0], tokens, classes)

@@ -1,0 +1,654 @@
+"""Names for finished work: MLflow runs, versions (NAME@3), aliases (NAME@production) and an append-only ledger of what moved them.
+
+The only importer of mlflow, on first use and not at the top: it costs 1-3 s and reads its settings from the environment while it is
+imported, so `import portaisys.registry` (every CLI verb, every process of a serving application) stays free of both.
+Knows folders with a manifest (portaisys.artifact), not what their files mean; a verdict is a word with a reason, passed or not.
+
+The ledger is a registered model, `portaisys-ledger`, whose versions are the entries: creating a version is the one call of MLflow that
+any server numbers atomically, so entries have a total order without a lock. Each entry carries the SHA-256 of the one before it. Two
+writers that read the same end of the chain both get a number; the lower one stands, the other sees that it does not and writes again.
+The chain has no key: it shows changes and removals, not a rewrite of its whole tail; who fears that notes `verify_ledger()` elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from portaisys import artifact
+from portaisys.spec import Storage, UserError
+
+LEDGER = "portaisys-ledger"
+CANDIDATE = "candidate"
+PRODUCTION = "production"
+
+_log = logging.getLogger(__name__)
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_NUMBER = re.compile(r"[0-9]{1,9}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_LOCK_S = 120.0
+# MLflow's answers, as against silence: anything else it raises means that the registry could not be asked.
+_ANSWERS = {
+    "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_PARAMETER_VALUE", "BAD_REQUEST", "NOT_FOUND", "INVALID_STATE",
+    "PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED",
+}  # fmt: skip
+# Used where the user has not said otherwise. MLflow's own bounds (7 retries, 120 s) would hold a starting replica for minutes.
+_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+_NOISY = ("mlflow.store.db.utils", "mlflow.utils.git_utils", "mlflow.tracking", "alembic")
+
+
+class UnreachableError(UserError):
+    """The registry, or its store of artifacts, did not answer."""
+
+
+class RefusedError(UserError):
+    """The registry answered no; `code` is MLflow's word for why."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Version:
+    """A published artifact. `digest`: of the artifact; `manifest`: SHA-256 of its manifest.json, which the digest leaves out."""
+
+    name: str
+    version: int
+    digest: str
+    manifest: str
+    run_id: str
+    aliases: tuple[str, ...]
+    verdict: str
+    because: str
+    lineage: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the ledger. `previous`: SHA-256 of the line before, empty for the first; `nonce` tells equal events apart."""
+
+    event: str
+    name: str
+    version: int | None
+    who: str
+    when: str
+    because: str
+    details: Mapping[str, Any]
+    previous: str
+    nonce: str
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A verified local copy. `from_cache`: nothing was downloaded; `note`: why the registry was not asked, empty when it was."""
+
+    version: Version
+    path: Path
+    from_cache: bool
+    note: str
+
+
+# --- opening ------------------------------------------------------------------------------------------------------
+
+
+def open_registry(storage: Storage, *, create: bool = True) -> Registry:
+    """The server of MLFLOW_TRACKING_URI, else sqlite in `<storage.path>/mlflow.db` with files in `<storage.path>/mlartifacts`.
+
+    Raises UserError when `storage.path` cannot hold a database, UnreachableError when it does not open (or, without `create`, is not there).
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if uri:
+        # No lock reaches the writers of other hosts; this one keeps those of this host from racing in vain.
+        return Registry(uri, "", storage.cache_dir / "locks" / hashlib.sha256(uri.encode()).hexdigest()[:16])
+    if storage.remote:
+        raise UserError(
+            f"storage.path: {storage.path} cannot hold the registry's database; start `mlflow server --artifacts-destination "
+            f"{storage.path}/mlartifacts --backend-store-uri ...` and set MLFLOW_TRACKING_URI to its address"
+        )
+    return _open_local(Path(storage.path).expanduser().resolve(), create)
+
+
+def _open_local(root: Path, create: bool) -> Registry:
+    database, artifacts = root / "mlflow.db", root / "mlartifacts"
+    if not create and not database.exists():
+        raise UnreachableError(f"storage.path: no registry at {database}; publish a version first, or set MLFLOW_TRACKING_URI")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        # Modes at creation, not os.umask, which every thread of the process would feel; sqlite's journals take the database's mode.
+        artifacts.mkdir(mode=0o700, exist_ok=True)
+        os.close(os.open(database, os.O_CREAT | os.O_RDWR, 0o600))
+    except OSError as error:
+        raise UnreachableError(f"storage.path: {root} cannot hold a registry: {error.strerror}; choose a folder that can be written") from error
+    registry = Registry(f"sqlite:///{database}", artifacts.as_uri(), root / ".registry.lock")
+    with registry.alone(), registry.asking("opening it"):  # two processes must not create the tables at once
+        registry.client.search_registered_models(max_results=1)
+        registry.client.search_experiments(max_results=1)
+    return registry
+
+
+def _mlflow_client(uri: str) -> Any:
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    from mlflow.tracking import MlflowClient
+
+    for name in _NOISY:  # mlflow's import sets its own levels
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _checked(name: str, what: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{what} {_short(name)}: write 1 to 63 of a-z, 0-9, _ and -, beginning with a letter or digit")
+    if name == LEDGER:
+        raise UserError(f"{what} {name!r}: is the ledger's own; choose another name")
+    return name
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")
+
+
+def _split(reference: str) -> tuple[str, str]:
+    """NAME and alias-or-number of a reference, both fit for a path."""
+    name, at, rest = reference.partition("@")
+    if not at:
+        raise UserError(f"reference {_short(reference)}: says neither alias nor version; write NAME@{PRODUCTION} or NAME@3")
+    return _checked(name, "name"), _checked(rest, "alias")
+
+
+# --- the registry -------------------------------------------------------------------------------------------------
+
+
+class Registry:
+    """An open MLflow registry. Every method raises UnreachableError when it does not answer, RefusedError when it answers no."""
+
+    def __init__(self, uri: str, artifacts: str, lock: Path) -> None:
+        self.uri, self.artifacts = uri, artifacts
+        lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = FileLock(lock, timeout=_LOCK_S)
+        self._read: dict[int, _Row] = {}
+        with self.asking("opening it"):
+            self.client = _mlflow_client(uri)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the registry against other writers (of this storage; with a server: of this host). May be nested."""
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise UserError(f"registry: {self._lock.lock_file} was held for {_LOCK_S:.0f} s; end the process that holds it") from None
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    @contextlib.contextmanager
+    def asking(self, what: str) -> Iterator[None]:
+        """Turn what MLflow raises into RefusedError or UnreachableError."""
+        try:
+            yield
+        except (UserError, AssertionError):
+            raise
+        except Exception as error:
+            # Broad for a reason: MLflow lets through whatever its clients raise (requests, SQLAlchemy, boto, its own).
+            code = str(getattr(error, "error_code", ""))
+            cause = _cause(error)
+            if code in _ANSWERS:
+                raise RefusedError(f"registry {_no_password(self.uri)}: {what}: {cause}", code) from error
+            raise UnreachableError(f"registry {_no_password(self.uri)}: not reachable while {what}: {cause}; check MLFLOW_TRACKING_URI and the server") from error
+
+    # --- runs
+
+    def log_run(
+        self, name: str, spec_dict: Mapping[str, Any], digests: Mapping[str, str], scores: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> str:
+        """Record a finished run in experiment `name`; returns its id. Scores that are no finite number are left out."""
+        experiment = self._experiment(_checked(name, "name"))
+        all_tags = {**tags, **{f"digest.{stage}": digest for stage, digest in digests.items()}}
+        with self.asking("logging a run"):
+            run_id = str(self.client.create_run(experiment, run_name=name, tags=all_tags).info.run_id)
+            try:
+                self._log_values(run_id, spec_dict, scores)
+            except BaseException:
+                self.client.set_terminated(run_id, status="FAILED")
+                raise
+            self.client.set_terminated(run_id)
+        return run_id
+
+    def _experiment(self, name: str) -> str:
+        with self.asking("creating an experiment"):
+            found = self.client.get_experiment_by_name(name)
+            if found is None:
+                with _unless("RESOURCE_ALREADY_EXISTS", self, "creating an experiment"):
+                    return str(self.client.create_experiment(name, artifact_location=f"{self.artifacts}/{name}" if self.artifacts else None))
+                found = self.client.get_experiment_by_name(name)
+        if found.lifecycle_stage != "active":
+            raise UserError(f"registry: experiment {name!r} was deleted; restore it (`mlflow experiments restore`) or choose another name")
+        return str(found.experiment_id)
+
+    def _log_values(self, run_id: str, spec_dict: Mapping[str, Any], scores: Mapping[str, Any]) -> None:
+        from mlflow.entities import Metric, Param
+
+        now = int(time.time() * 1000)
+        params = [Param(key, _text(value)) for key, value in _flat(spec_dict)]
+        metrics = [Metric(key, float(value), now, 0) for key, value in _flat(scores) if _is_finite_number(value)]
+        for start in range(0, len(params), 100):  # MLflow takes 100 parameters a call
+            self.client.log_batch(run_id, params=params[start : start + 100])
+        for start in range(0, len(metrics), 1000):
+            self.client.log_batch(run_id, metrics=metrics[start : start + 1000])
+
+    # --- versions
+
+    def publish(self, name: str, folder: Path, run_id: str, lineage: Mapping[str, str], verdict: Mapping[str, Any]) -> Version:
+        """Make a finished artifact a version of `name` and its `candidate`; the same artifact again is the version it already is.
+
+        `verdict`: `action` ("pass" lets it be promoted) and `because`; the latest verdict on an artifact holds.
+        Raises UserError when the folder is not a finished, undamaged artifact.
+        """
+        _checked(name, "name")
+        found = artifact.read(folder, verify=True)
+        tags = {
+            "digest": found.digest, "manifest": artifact.hash_file(folder / artifact.MANIFEST), "verdict": str(verdict["action"]),
+            "because": _text(verdict.get("because", "")), **{f"lineage.{key}": value for key, value in lineage.items()},
+        }  # fmt: skip
+        with self.alone(), self.asking(f"publishing {name}"):
+            version = self._of_digest(name, found.digest)
+            version = self._judge_again(version, tags) if version else self._create(name, folder, run_id, tags)
+            if CANDIDATE not in version.aliases:
+                self.client.set_registered_model_alias(name, CANDIDATE, str(version.version))
+        return self._get(name, version.version)
+
+    def _create(self, name: str, folder: Path, run_id: str, tags: Mapping[str, str]) -> Version:
+        with _unless("RESOURCE_ALREADY_EXISTS", self, f"publishing {name}"):
+            self.client.create_registered_model(name)
+        self.client.log_artifacts(run_id, str(folder), artifact_path=_inside_run(tags["digest"]))
+        source = f"{self.client.get_run(run_id).info.artifact_uri}/{_inside_run(tags['digest'])}"
+        made = self.client.create_model_version(name, source, run_id=run_id, tags=dict(tags), await_creation_for=None)
+        version = self._of_digest(name, tags["digest"])
+        assert version is not None
+        if version.version != int(made.version):  # another host published the same artifact at the same time: the lower number stands
+            self.client.delete_model_version(name, str(made.version))
+        else:
+            self._record("publish", name, version.version, tags["because"], {"digest": version.digest, "run_id": run_id, "verdict": version.verdict})
+        return version
+
+    def _judge_again(self, version: Version, tags: Mapping[str, str]) -> Version:
+        if (version.verdict, version.because) == (tags["verdict"], tags["because"]):
+            return version
+        for key in ("verdict", "because"):
+            self.client.set_model_version_tag(version.name, str(version.version), key, tags[key])
+        self._record("publish", version.name, version.version, tags["because"], {"digest": version.digest, "verdict": tags["verdict"], "was": version.verdict})
+        return version
+
+    def promote(self, name: str, version: int, because: str = "") -> Version:
+        """Put a version with a passing verdict in production. Raises UserError without one, or when there is no such version."""
+        with self.alone():
+            chosen = self.resolve(f"{name}@{version}")
+            if chosen.verdict != "pass":
+                raise UserError(f"{chosen}: cannot be promoted, its verdict is {chosen.verdict!r} ({chosen.because}); publish one that passes the gate")
+            if PRODUCTION in chosen.aliases:
+                return chosen
+            return self._put_in_production("promote", chosen, because)
+
+    def rollback(self, name: str, because: str = "") -> Version:
+        """Put back the version that was in production before. Raises UserError when there was none."""
+        with self.alone():
+            now = self._aliases(_checked(name, "name")).get(PRODUCTION)
+            before = _before(self.ledger(name), now)
+            if before is None:
+                raise UserError(f"{name}: no version was in production before {now or 'now'}; promote one: portaisys promote {name}@VERSION")
+            return self._put_in_production("rollback", self.resolve(f"{name}@{before}"), because)
+
+    def _put_in_production(self, event: str, version: Version, because: str) -> Version:
+        was = self._aliases(version.name).get(PRODUCTION)
+        # The record first: a crash in between leaves a line about a change that did not happen, never a change without a line.
+        self._record(event, version.name, version.version, because, {"digest": version.digest, "was": was})
+        with self.asking(f"setting {version.name}@{PRODUCTION}"):
+            self.client.set_registered_model_alias(version.name, PRODUCTION, str(version.version))
+        return self._get(version.name, version.version)
+
+    def resolve(self, reference: str) -> Version:
+        """The version of "NAME@ALIAS" or "NAME@3". Raises UserError, listing what there is."""
+        name, rest = _split(reference)
+        aliases = self._aliases(name)
+        number = int(rest) if _NUMBER.fullmatch(rest) else aliases.get(rest)
+        if number is None:
+            raise UserError(f"{name}: has no alias {rest!r}; it has {', '.join(sorted(aliases)) or 'none'}")
+        try:
+            return self._get(name, number)
+        except RefusedError as error:
+            if error.code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+        there = ", ".join(str(version.version) for version in self.versions(name))
+        raise UserError(f"{name}: has no version {number}; it has {there or 'none'}")
+
+    def names(self) -> list[str]:
+        """Names with at least one version ever published."""
+        with self.asking("listing names"):
+            found = _pages(self.client.search_registered_models, max_results=100)
+        return sorted(model.name for model in found if model.name != LEDGER)
+
+    def versions(self, name: str) -> list[Version]:
+        """Every version of `name`, oldest first."""
+        with self.asking(f"listing {name}"):
+            found = _pages(self.client.search_model_versions, filter_string=f"name = '{_checked(name, 'name')}'")
+        return sorted((_version(item) for item in found if "digest" in item.tags), key=lambda version: version.version)
+
+    def _aliases(self, name: str) -> dict[str, int]:
+        try:
+            with self.asking(f"resolving {name}"):
+                return {alias: int(version) for alias, version in self.client.get_registered_model(name).aliases.items()}
+        except RefusedError as error:
+            if error.code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+        raise UserError(f"registry: has no name {name!r}; it has {', '.join(self.names()) or 'none'}")
+
+    def _get(self, name: str, number: int) -> Version:
+        with self.asking(f"reading {name}@{number}"):
+            return _version(self.client.get_model_version(name, str(number)))
+
+    def _of_digest(self, name: str, digest: str) -> Version | None:
+        found = self.client.search_model_versions(f"name = '{name}' and tags.digest = '{digest}'")
+        return min((_version(item) for item in found), key=lambda version: version.version, default=None)
+
+    def download(self, version: Version, folder: Path) -> Path:
+        """Bring a version's files below `folder`; returns where, checked. Raises UserError when one differs from what was published."""
+        with self.asking(f"downloading {version}"):
+            came = Path(self.client.download_artifacts(version.run_id, _inside_run(version.digest), str(folder)))
+        _check_copy(came, version)
+        return came
+
+    # --- the ledger
+
+    def ledger(self, name: str | None = None) -> list[Entry]:
+        """The entries, oldest first; only those of `name` when given."""
+        chain = _chain(self._rows())
+        return [entry for _, entry in chain.entries if name in (None, entry.name)]
+
+    def verify_ledger(self) -> str:
+        """Check the chain; returns the hash of its last entry. Raises UserError naming every changed or missing entry."""
+        rows = self._rows(afresh=True)
+        chain = _chain(rows)
+        problems = [*chain.problems, *_gaps([number for number, _, _ in rows])]
+        hashes = [sha for sha, _ in chain.entries]
+        if (head := self._head()) and head not in hashes:
+            problems.append("its last entry was removed")
+        if problems:
+            raise UserError(f"ledger: {'; '.join(problems)}. Compare it with a backup of the registry's database")
+        return hashes[-1] if hashes else ""
+
+    def record_looks(self, test_digest: str, candidates: Sequence[str]) -> int:
+        """Record that `candidates` (digests) were scored on a test split; returns how many distinct ones ever were, these included."""
+        with self.alone():
+            seen = _looked(self.ledger(test_digest))
+            new = [digest for digest in dict.fromkeys(candidates) if digest not in seen]
+            reused = [digest for digest in dict.fromkeys(candidates) if digest in seen]
+            self._record("look", test_digest, None, "", {"candidates": new, "reused": reused})
+            return len(_looked(self.ledger(test_digest)))
+
+    def _record(self, event: str, name: str, version: int | None, because: str, details: Mapping[str, Any]) -> None:
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        with self.alone():
+            for _ in range(20):  # every lost race means that another writer's entry stands, so this ends
+                hashes = [sha for sha, _ in _chain(self._rows()).entries]
+                entry = Entry(event, name, version, _who(), when, because, details, hashes[-1] if hashes else "", uuid.uuid4().hex)
+                if self._append(json.dumps(asdict(entry), sort_keys=True)):
+                    return
+        raise UserError("ledger: twenty attempts to append were overtaken by other writers; try again")
+
+    def _append(self, text: str) -> bool:
+        """Add an entry; False when another writer was faster, so that this one does not stand."""
+        sha = hashlib.sha256(text.encode()).hexdigest()
+        with self.asking("writing the ledger"):
+            with _unless("RESOURCE_ALREADY_EXISTS", self, "writing the ledger"):
+                self.client.create_registered_model(LEDGER, description="Append-only record kept by portaisys; each version is an entry.")
+            self.client.create_model_version(LEDGER, "portaisys:/ledger", tags={"entry": text, "sha256": sha}, await_creation_for=None)
+            stands = sha in [kept for kept, _ in _chain(self._rows()).entries]
+            if stands:
+                self.client.set_registered_model_tag(LEDGER, "head", sha)
+        return stands
+
+    def _rows(self, *, afresh: bool = False) -> list[_Row]:
+        """All entries by number; only those newer than what was read before are asked for, unless `afresh`."""
+        last = 0 if afresh else max(self._read, default=0)
+        with self.asking("reading the ledger"):
+            newer = f"name = '{LEDGER}' and version_number > {last}"
+            found = _pages(self.client.search_model_versions, filter_string=newer, order_by=["version_number ASC"])
+        new = {int(item.version): (int(item.version), item.tags.get("entry", ""), item.tags.get("sha256", "")) for item in found}
+        self._read = new if afresh else {**self._read, **new}
+        return sorted(self._read.values())
+
+    def _head(self) -> str:
+        try:
+            with self.asking("reading the ledger"):
+                return str(self.client.get_registered_model(LEDGER).tags.get("head", ""))
+        except RefusedError as error:
+            if error.code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+        return ""
+
+
+@contextlib.contextmanager
+def _unless(code: str, registry: Registry, what: str) -> Iterator[None]:
+    """Let one answer of MLflow pass."""
+    try:
+        with registry.asking(what):
+            yield
+    except RefusedError as error:
+        if error.code != code:
+            raise
+
+
+def _version(item: Any) -> Version:
+    tags = item.tags
+    if not _DIGEST.fullmatch(tags.get("digest", "")):
+        raise UserError(f"{item.name}@{item.version}: was not published by portaisys (it has no digest); publish it with portaisys")
+    lineage = {key.removeprefix("lineage."): value for key, value in tags.items() if key.startswith("lineage.")}
+    return Version(
+        name=item.name, version=int(item.version), digest=tags["digest"], manifest=tags.get("manifest", ""), run_id=item.run_id,
+        aliases=tuple(sorted(item.aliases)), verdict=tags.get("verdict", ""), because=tags.get("because", ""), lineage=lineage,
+    )  # fmt: skip
+
+
+def _inside_run(digest: str) -> str:
+    return f"versions/{digest}"
+
+
+def _pages(search: Any, **query: Any) -> list[Any]:
+    found, token = [], None
+    while True:
+        page = search(**query, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+# --- plain values -------------------------------------------------------------------------------------------------
+
+_Row = tuple[int, str, str]  # number, text of the entry, its SHA-256 as written
+
+
+@dataclass
+class _Chain:
+    entries: list[tuple[str, Entry]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def _chain(rows: Sequence[_Row]) -> _Chain:
+    """The entries that stand, in order. One that follows an older entry than the last lost a race and does not stand."""
+    chain = _Chain()
+    last, known = "", {""}
+    for number, text, sha in rows:
+        entry = _entry(text)
+        if entry is None:
+            chain.problems.append(f"entry {number} is not readable")
+            continue
+        if entry.previous != last and entry.previous in known:
+            continue
+        if entry.previous != last:
+            chain.problems.append(f"the entry before {number} was changed or removed")
+        if hashlib.sha256(text.encode()).hexdigest() != sha:
+            chain.problems.append(f"entry {number} was changed")
+        chain.entries.append((sha, entry))
+        last = sha
+        known.add(sha)
+    return chain
+
+
+def _entry(text: str) -> Entry | None:
+    try:
+        return Entry(**json.loads(text))
+    except (ValueError, TypeError):
+        return None
+
+
+def _gaps(numbers: Sequence[int]) -> list[str]:
+    return [f"entry {number} was removed" for number in sorted(set(range(1, max(numbers, default=0) + 1)) - set(numbers))]
+
+
+def _before(entries: Sequence[Entry], now: int | None) -> int | None:
+    """The version that was in production before `now`. A rollback steps down the pile of promotions, it does not add to it."""
+    pile: list[int] = []
+    for entry in entries:
+        if entry.event == "promote" and entry.version is not None:
+            pile.append(entry.version)
+        while entry.event == "rollback" and entry.version in pile and pile[-1] != entry.version:
+            pile.pop()
+    while now in pile and pile.pop() != now:
+        pass
+    return pile[-1] if pile else None
+
+
+def _looked(entries: Sequence[Entry]) -> set[str]:
+    return {digest for entry in entries if entry.event == "look" for key in ("candidates", "reused") for digest in entry.details[key]}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        path = re.sub(r"[^\w\-./: ]", "_", f"{prefix}{key}")  # the characters MLflow takes
+        if isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+            value = {str(index): item for index, item in enumerate(value)}
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}.")
+        else:
+            yield path, value
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _is_finite_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _who() -> str:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a passwd line
+        user = f"uid {os.getuid()}"
+    return f"{user}@{socket.gethostname()}"
+
+
+def _no_password(text: str) -> str:
+    return re.sub(r"//[^/@\s]*@", "//", text)
+
+
+def _cause(error: Exception) -> str:
+    return _no_password((str(error) or type(error).__name__).splitlines()[0][:300])
+
+
+# --- fetching -----------------------------------------------------------------------------------------------------
+
+
+def fetch(reference: str, storage: Storage, cache_dir: Path) -> Fetched:
+    """A verified local copy of "NAME@ALIAS" or "NAME@3" in `<cache_dir>/versions/<digest>/`, made once a host.
+
+    When the registry does not answer, the copy that `reference` last meant here is used, with a warning and a note.
+    Raises UserError for an unknown reference, a copy that differs from what was published, or no registry and no copy.
+    """
+    name, rest = _split(reference)
+    for folder in (cache_dir, cache_dir / "versions", cache_dir / "references"):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    memo = cache_dir / "references" / f"{name}@{rest}.json"
+    try:
+        registry = open_registry(storage, create=False)
+        version = registry.resolve(reference)
+        fetched = _copy(registry, version, cache_dir)
+    except UnreachableError as error:
+        return _last_copy(reference, memo, cache_dir, error)
+    artifact.write_text(memo, json.dumps(asdict(version), indent=1))
+    return fetched
+
+
+def _copy(registry: Registry, version: Version, cache_dir: Path) -> Fetched:
+    folder = cache_dir / "versions" / version.digest
+    with FileLock(cache_dir / "versions" / f".{version.digest}.lock", timeout=600):  # replicas of one host start together
+        if _is_good_copy(folder, version):
+            return Fetched(version, folder, True, "")
+        with tempfile.TemporaryDirectory(prefix=f".{version.digest}.", dir=folder.parent) as draft:
+            artifact._replace(registry.download(version, Path(draft)), folder)
+    return Fetched(version, folder, False, "")
+
+
+def _last_copy(reference: str, memo: Path, cache_dir: Path, cause: UnreachableError) -> Fetched:
+    try:
+        known = json.loads(memo.read_text())
+        version = Version(**{**known, "aliases": tuple(known["aliases"])})
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        raise UserError(f"{reference}: {cause}; and there is no local copy in {cache_dir}") from None
+    folder = cache_dir / "versions" / version.digest
+    if not _DIGEST.fullmatch(version.digest) or not _is_good_copy(folder, version):
+        raise UserError(f"{reference}: {cause}; and the local copy of {version} is gone or damaged") from None
+    note = f"{reference}: {cause}. Using the local copy of {version}, which {reference} meant when the registry last answered"
+    _log.warning(note)
+    return Fetched(version, folder, True, note)
+
+
+def _is_good_copy(folder: Path, version: Version) -> bool:
+    if not folder.exists():
+        return False
+    try:
+        _check_copy(folder, version)
+    except UserError as error:
+        _log.warning("%s: the local copy is not what was published and is not used: %s", version, error)
+        return False
+    return True
+
+
+def _check_copy(folder: Path, version: Version) -> None:
+    found = artifact.read(folder, verify=True)
+    if found.digest != version.digest or artifact.hash_file(folder / artifact.MANIFEST) != version.manifest:
+        raise UserError(f"{version}: the files in {folder} are not the ones published; publish it again from a good copy")

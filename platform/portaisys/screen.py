@@ -1,0 +1,86 @@
+"""What the terminal shows: a bar a stage, a closing table of what was made and where. Decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from portaisys import report
+
+console = Console()
+
+
+class Screen:
+    """A `Tell` for launch.run: `with Screen() as tell`. Without a terminal it prints a line a change instead of bars."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(TextColumn("{task.fields[mark]} {task.description:<14}"), BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("{task.fields[text]}"), console=console)
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Screen:
+        if console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, stage: str, text: str = "", fraction: float | None = None, state: str = "running") -> None:
+        mark = {"running": "…", "done": "✓", "reused": "="}[state]
+        if not console.is_terminal:
+            console.print(f"{mark} {stage:<14} {text}", highlight=False, soft_wrap=True)
+            return
+        task = self._tasks.get(stage)
+        if task is None:
+            task = self._tasks[stage] = self._progress.add_task(stage, total=None, mark=mark, text=text)
+        self._progress.update(task, total=1.0 if fraction is not None else None, completed=fraction or 0.0, mark=mark, text=text)
+        if state != "running":
+            self._progress.stop_task(task)
+
+
+def closing_table(outcome: Any) -> None:
+    """The table of candidates, the verdicts in words, what was reused, and where everything lies."""
+    console.print(candidates_table(outcome.rows, outcome.artifacts["version"].scores["admitted"][0]))
+    for row in outcome.rows:
+        console.print(f"[bold]{row['engine']}[/] ({row['backend']}): {row['because']}", highlight=False, soft_wrap=True)
+    if outcome.reused:
+        console.print(f"Finished before and reused: {', '.join(outcome.reused)}", soft_wrap=True)
+    cached = [f"{row['engine']} ({row['backend']})" for row in outcome.rows if row["reused"]]
+    if cached or "judge" in outcome.reused:
+        console.print(f"Engines from the cache: {', '.join(cached) or 'all (judged before)'}", soft_wrap=True)
+    places = Table(box=None, show_header=False)
+    for name, place in (("version", outcome.version), ("report", outcome.report), ("artifacts", outcome.folder)):
+        places.add_row(f"[bold]{name}", str(place))
+    console.print(places)
+
+
+def candidates_table(rows: Sequence[Mapping[str, Any]], best: str) -> Table:
+    """One line an engine; the served one is marked."""
+    table = Table(title="Candidates: accuracy on the test split, latency at batch 1")
+    for index, name in enumerate(report.COLUMNS):
+        table.add_column(name, justify="right" if 4 <= index <= 9 else "left", no_wrap=index < 10)
+    for row in rows:
+        chosen = row["engine"] == best and row["admissible"]
+        table.add_row(*report.cells(row), style="green" if chosen else None)
+    return table
+
+
+def versions_table(versions: Sequence[Any]) -> Table:
+    """One line a version."""
+    table = Table("version", "aliases", "verdict", "digest", "run")
+    for version in versions:
+        table.add_row(str(version), ", ".join(version.aliases), version.verdict, version.digest[:12], version.run_id)
+    return table
+
+
+def ledger_table(entries: Sequence[Any]) -> Table:
+    """One line an entry, oldest first."""
+    table = Table("when", "event", "name", "version", "who", "because")
+    for entry in entries:
+        name = entry.name if len(entry.name) < 40 else entry.name[:12]
+        table.add_row(entry.when, entry.event, name, str(entry.version or ""), entry.who, entry.because)
+    return table

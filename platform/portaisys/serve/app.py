@@ -1,0 +1,116 @@
+"""The Ray Serve application: one deployment that answers the Open Inference Protocol for one published version.
+
+    serve.run(build_app(ServeArgs(model="digits@production")))
+    serve deploy serve_apps/digits.yaml
+
+Knows Ray and the raw HTTP request; what they mean is protocol.py's. Where it is mounted is Ray's route_prefix.
+"""
+
+# No `from __future__ import annotations` here: Ray reads the annotation of build_app's argument as it stands, and with
+# a string there it hands over an unchecked dict without a word.
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from ray import serve
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from portaisys.serve import protocol
+from portaisys.serve.model import Limits, ServedModel, open_reference
+from portaisys.serve.ray_metrics import RayMetrics
+from portaisys.spec import Precision, Storage
+
+logger = logging.getLogger("portaisys.serve")
+
+
+class ServeArgs(BaseModel):
+    """Arguments of the application. `model`: NAME@ALIAS or NAME@VERSION; `max_batch`: None is what the version was verified up to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str
+    storage: Storage = Storage()
+    precision: Precision | None = None
+    max_batch: int | None = Field(None, ge=1)
+    max_delay_ms: float = Field(0.0, ge=0)
+    max_queue: int = Field(1024, ge=1)
+    threads: int = Field(1, ge=1)
+    num_replicas: int = Field(1, ge=1)
+    num_cpus: float = Field(1.0, ge=0)
+    num_gpus: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _queue_holds_a_batch(self) -> "ServeArgs":
+        if self.max_batch is not None and self.max_batch > self.max_queue:
+            raise ValueError(f"max_queue {self.max_queue} is below max_batch {self.max_batch}, so no batch could fill; raise max_queue")
+        return self
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_batch, self.max_delay_ms, self.max_queue, self.threads, self.precision)
+
+
+class Replica:
+    """One process with one engine. Ray sends it requests once the constructor is done, which is when the engine is warm."""
+
+    def __init__(self, args: dict[str, Any]) -> None:
+        parsed = ServeArgs.model_validate(args)
+        self._metrics = RayMetrics(parsed.model)
+        self._model: ServedModel = open_reference(parsed.model, parsed.storage, parsed.limits, self._metrics.batch)
+        self._metrics.fallbacks(self._model.fallbacks)
+
+    async def __call__(self, request: Request) -> Response:
+        try:
+            body = await read_body(request)
+        except protocol.RefusedError as refused:
+            reply = protocol.error(refused.status, str(refused))
+        else:
+            path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+            reply = await protocol.handle(request.method, path, request.headers, body, {self._model.name: self._model})
+        self._metrics.reply(reply.status)
+        return Response(reply.body, reply.status, dict(reply.headers))
+
+    async def check_health(self) -> None:
+        """Ray replaces a replica that raises here."""
+        self._metrics.flush()
+        if not self._model.ready:
+            raise RuntimeError(f"{self._model.name}: the engine has been in one run for {self._model.batcher.busy_s():.0f} s")
+
+    async def __del__(self) -> None:
+        # Ray calls this after the replica's last request. The attribute is missing when the constructor raised.
+        with contextlib.suppress(AttributeError):
+            await self._model.close()
+
+
+async def read_body(request: Request) -> bytes:
+    """The whole body. Raises RefusedError (413) as soon as it exceeds the limit, whatever Content-Length says."""
+    chunks, size = [], 0
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > protocol.MAX_BODY_BYTES:
+                raise protocol.RefusedError(413, f"the body exceeds {protocol.MAX_BODY_BYTES} bytes; send fewer samples a request")
+            chunks.append(chunk)
+    except ClientDisconnect:
+        raise protocol.RefusedError(400, "the client left before its body was complete") from None
+    return b"".join(chunks)
+
+
+def build_app(args: ServeArgs) -> serve.Application:
+    """The application of `serve.run`, or of `import_path: portaisys.serve.app:build_app` in a Serve config.
+
+    A relative storage.path is taken from the folder of the process that builds the application.
+    """
+    where = args.storage if args.storage.remote else args.storage.model_copy(update={"path": str(Path(args.storage.path).expanduser().resolve())})
+    deployment = serve.deployment(Replica).options(
+        name="inference",
+        num_replicas=args.num_replicas,
+        # Every request must reach the batcher, whose own limit answers 503: what Serve holds back waits unseen.
+        max_ongoing_requests=2 * args.max_queue,
+        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
+    )
+    return deployment.bind(args.model_copy(update={"storage": where}).model_dump(mode="json"))

@@ -1,0 +1,231 @@
+"""A published version ready to answer: engine, batcher, and what it says of itself.
+
+`open_version` takes the best admitted precision whose engine still gives the golden answers on this machine, and is
+done only when every batch size it will meet has been run once. Knows neither HTTP nor Ray nor how a version was made.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from portaisys import artifact, registry
+from portaisys.engine import Arrays, Engine, Options, Tensor, cache
+from portaisys.serve.batcher import Batcher, BatchRecord, Outputs
+from portaisys.spec import Storage, UserError
+
+logger = logging.getLogger(__name__)
+
+STUCK_S = 60.0  # an engine run longer than this is taken for hung: no admitted batch comes near it
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How a version is served. `max_batch`: None is what the version was verified up to; `precision`: None is the best that holds."""
+
+    max_batch: int | None = None
+    max_delay_ms: float = 0.0
+    max_queue: int = 1024
+    threads: int = 1
+    precision: str | None = None
+
+
+@dataclass
+class Stats:
+    """Sums since the start."""
+
+    batches: int = 0
+    samples: int = 0
+    failed_batches: int = 0
+    engine_s: float = 0.0
+    queue_s: float = 0.0
+
+    def add(self, record: BatchRecord) -> None:
+        self.batches += 1
+        self.samples += record.samples
+        self.failed_batches += record.failed
+        self.engine_s += record.engine_s
+        self.queue_s += record.queue_s
+
+
+@dataclass(eq=False)
+class ServedModel:
+    """A warm engine behind a batcher. `lineage`: where it came from and how it is served, for clients to read."""
+
+    name: str
+    version: str
+    engine: Engine
+    batcher: Batcher
+    labels: Sequence[str]
+    lineage: Mapping[str, Any]
+    fallbacks: Sequence[str] = ()
+    stats: Stats = field(default_factory=Stats)
+    closed: bool = False
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return self.engine.inputs
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        return self.engine.outputs
+
+    @property
+    def ready(self) -> bool:
+        return not self.closed and self.batcher.busy_s() < STUCK_S
+
+    async def infer(self, feeds: Arrays) -> Outputs:
+        """Outputs for a batch of inputs; raises what `Batcher.submit` raises."""
+        return await self.batcher.submit(feeds)
+
+    async def close(self) -> None:
+        """Finish what is queued, then free the engine."""
+        self.closed = True
+        await self.batcher.close()
+        self.engine.close()
+
+
+def open_reference(reference: str, storage: Storage, limits: Limits, observe: Callable[[BatchRecord], None] | None = None) -> ServedModel:
+    """Fetch "NAME@ALIAS" (from the local copy when the registry is down) and open it.
+
+    Raises UserError for an unknown reference, a damaged copy, or when no admitted precision holds here.
+    """
+    fetched = registry.fetch(reference, storage, storage.cache_dir)
+    if fetched.note:
+        logger.warning("%s", fetched.note)
+    number = str(fetched.version.version)
+    return open_version(fetched.path, number, storage.cache_dir, limits, observe, name=fetched.version.name, digest=fetched.version.digest)
+
+
+def open_version(
+    folder: Path,
+    number: str,
+    cache_dir: Path,
+    limits: Limits,
+    observe: Callable[[BatchRecord], None] | None = None,
+    *,
+    name: str | None = None,
+    digest: str | None = None,
+) -> ServedModel:
+    """Open a version's folder; every file is hashed again. Blocks until the engine is warm. Raises UserError."""
+    started = time.monotonic()
+    found = artifact.read(folder, verify=True)
+    if digest not in (None, found.digest):
+        raise UserError(f"{folder}: digest {found.digest[:12]} where the registry says {str(digest)[:12]}; delete the folder and fetch it again")
+    about = json.loads(found.file("version.json").read_text())
+    engine, fallbacks = _first_that_holds(found, about, cache_dir, limits)
+    max_batch = _max_batch(about, limits)
+    _warm(engine, found, sorted({1, min(about["opt_batch"], max_batch), max_batch}))
+    stats = Stats()
+    logger.info("%s@%s: %s ready after %.2f s", name or about["name"], number, engine.precision, time.monotonic() - started)
+    return ServedModel(
+        name=name or about["name"],
+        version=number,
+        engine=engine,
+        batcher=Batcher(
+            engine.run, max_batch=max_batch, max_queue=limits.max_queue, max_delay_ms=limits.max_delay_ms, observe=_both(stats.add, observe)
+        ),
+        labels=tuple(about["labels"]),
+        lineage=_lineage(found, about, number, engine, fallbacks, limits, max_batch),
+        fallbacks=fallbacks,
+        stats=stats,
+    )
+
+
+def _both(first: Callable[[BatchRecord], None], second: Callable[[BatchRecord], None] | None) -> Callable[[BatchRecord], None]:
+    def observe(record: BatchRecord) -> None:
+        first(record)
+        if second:
+            second(record)
+
+    return observe
+
+
+def _max_batch(about: Mapping[str, Any], limits: Limits) -> int:
+    verified: int = about["max_batch"]
+    if limits.max_batch is not None and limits.max_batch > verified:
+        raise UserError(f"max_batch {limits.max_batch}: the version was verified up to {verified}; take that, or export it with a larger export.max_batch")
+    return limits.max_batch or verified
+
+
+def _lineage(
+    found: artifact.Artifact, about: Mapping[str, Any], number: str, engine: Engine, fallbacks: Sequence[str], limits: Limits, max_batch: int
+) -> dict[str, Any]:
+    serving = {
+        "backend": engine.backend, "precision": engine.precision, "device": engine.device, "admitted": about["precisions"],
+        "fallbacks": list(fallbacks), **asdict(limits), "max_batch": max_batch,
+    }  # fmt: skip
+    serving["precision"] = engine.precision
+    return {"version": number, "digest": found.digest, "lineage": about["lineage"], "verdicts": about["verdicts"], "serving": serving}
+
+
+# --- which precision ----------------------------------------------------------------------------------------------
+
+
+def _first_that_holds(found: artifact.Artifact, about: Mapping[str, Any], cache_dir: Path, limits: Limits) -> tuple[Engine, list[str]]:
+    """The best admitted precision that gives the golden answers here, and why each better one does not."""
+    fallbacks: list[str] = []
+    for precision in _candidates(about, limits):
+        options = Options(precision, about["opt_batch"], about["max_batch"], limits.threads)
+        try:
+            engine = cache.load(cache.get_or_build(found.file(f"{precision}.onnx"), about["backend"], options, cache_dir), options)
+        except UserError:
+            # The cause may name paths; it is for the log, the reason is for everybody.
+            logger.exception("%s cannot be built or loaded", precision)
+            fallbacks.append(f"{precision}: cannot be built or loaded on this machine; the server's log has the cause")
+            continue
+        problem = check_golden(engine, *_golden(found, precision), tolerance=about["tolerance"], max_batch=about["max_batch"])
+        if problem is None:
+            _check_labels(found, about)
+            return engine, fallbacks
+        engine.close()
+        logger.warning("%s is not served: %s", precision, problem)
+        fallbacks.append(f"{precision}: {problem}")
+    raise UserError(f"no admitted precision holds on this machine: {'; '.join(fallbacks)}. Build and gate the version on a machine like this one")
+
+
+def _candidates(about: Mapping[str, Any], limits: Limits) -> list[str]:
+    admitted = list(about["precisions"])
+    if limits.precision is None:
+        return admitted
+    if limits.precision not in admitted:
+        raise UserError(f"precision {limits.precision!r}: the gate admitted {', '.join(admitted)}; take one of these or leave it out")
+    return [limits.precision]
+
+
+def _golden(found: artifact.Artifact, precision: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    with np.load(found.file("golden.npz"), allow_pickle=False) as golden:
+        return golden["x"], golden[f"logits_{precision}"]
+
+
+def check_golden(engine: Engine, x: NDArray[Any], logits: NDArray[Any], *, tolerance: float, max_batch: int) -> str | None:
+    """Why this engine's answers to `x` are not `logits`, within `tolerance` and with equal argmax; None when they are."""
+    feed, output = engine.inputs[0].name, engine.outputs[0].name
+    parts = [engine.run({feed: x[start : start + max_batch]})[output] for start in range(0, len(x), max_batch)]
+    answers = np.concatenate(parts)
+    max_abs = float(np.abs(answers - logits).max())
+    flipped = int((answers.argmax(1) != logits.argmax(1)).sum())
+    if max_abs <= tolerance and not flipped:  # in this order NaN does not pass
+        return None
+    return f"golden answers differ by up to {max_abs:.3g} (bound {tolerance:.3g}), {flipped} of {len(x)} decisions changed"
+
+
+def _check_labels(found: artifact.Artifact, about: Mapping[str, Any]) -> None:
+    classes = _golden(found, about["precisions"][0])[1].shape[1]
+    if len(about["labels"]) != classes:
+        raise UserError(f"{found.path}: {len(about['labels'])} labels for {classes} classes; publish the version again")
+
+
+def _warm(engine: Engine, found: artifact.Artifact, batches: Sequence[int]) -> None:
+    """The first run of a batch size pays for memory and kernel choice; no client should."""
+    x, _ = _golden(found, engine.precision)
+    for batch in batches:
+        engine.run({engine.inputs[0].name: np.resize(x, (batch, *x.shape[1:]))})

@@ -1,0 +1,524 @@
+"""Open Inference Protocol V2 over HTTP: bytes in, named arrays to the model, bytes out.
+
+https://github.com/kserve/open-inference-protocol, with the binary tensor and classification extensions of
+https://github.com/triton-inference-server/server/tree/main/docs/protocol. What the written spec leaves open follows
+the clients (tritonclient, KServe, perf_analyzer).
+
+Knows neither Ray nor a web framework: `handle` is a function of a request. What a client got wrong is a 4xx whose
+body is `{"error": ...}`; no message repeats what the client sent, nor names a path or an address of ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import re
+import struct
+import zlib
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import portaisys
+from portaisys.engine import Tensor
+from portaisys.serve.batcher import ClosedError, EngineFailedError, Outputs, QueueFullError, TooManySamplesError
+from portaisys.serve.model import ServedModel
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 64 << 20
+# A JSON text can take 24 times its length in memory once parsed ("[{},{},..."), so its limit is lower.
+MAX_JSON_BYTES = 16 << 20
+_IN_THREAD_BYTES = 256 << 10  # decoding more than this (about 2 ms) would hold up everybody else's requests
+_COMPRESS_BYTES = 1024  # below, gzip costs more than it saves
+
+_HEADER_LENGTH = "inference-header-content-length"
+_EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration"]
+
+
+@dataclass(frozen=True)
+class _Datatype:
+    """`kinds`, `typecode`: the Python types a JSON element may have and the array that holds them; none: no JSON form."""
+
+    name: str
+    typecode: str
+    kinds: frozenset[type]
+
+
+_BOOL, _INT, _REAL = frozenset({bool}), frozenset({int}), frozenset({int, float})
+_DATATYPES = {
+    "bool": _Datatype("BOOL", "b", _BOOL),
+    "uint8": _Datatype("UINT8", "B", _INT),
+    "uint16": _Datatype("UINT16", "H", _INT),
+    "uint32": _Datatype("UINT32", "I", _INT),
+    "uint64": _Datatype("UINT64", "Q", _INT),
+    "int8": _Datatype("INT8", "b", _INT),
+    "int16": _Datatype("INT16", "h", _INT),
+    "int32": _Datatype("INT32", "i", _INT),
+    "int64": _Datatype("INT64", "q", _INT),
+    "float16": _Datatype("FP16", "", frozenset()),
+    "float32": _Datatype("FP32", "f", _REAL),
+    "float64": _Datatype("FP64", "d", _REAL),
+}
+
+
+class RefusedError(Exception):
+    """A request that gets an error reply; the message is for the client."""
+
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = dict(headers or {})
+
+
+@dataclass(frozen=True)
+class Response:
+    """A whole HTTP reply."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An output the client asked for; `classes` > 0: the best so many, as "value:index:label"."""
+
+    name: str
+    binary: bool
+    classes: int = 0
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """A decoded request. `feeds`: views into the body, by input name; `timeout_s`: None waits as long as it takes."""
+
+    feeds: Mapping[str, NDArray[Any]]
+    wanted: Sequence[Wanted]
+    id: str | None = None
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True)
+class _Call:
+    method: str
+    headers: Mapping[str, str]
+    body: bytes
+
+
+# --- dispatch -----------------------------------------------------------------------------------------------------
+
+
+async def handle(method: str, path: str, headers: Mapping[str, str], body: bytes, models: Mapping[str, ServedModel]) -> Response:
+    """Answer one request. `path`: percent-decoded, without the query. Raises nothing but cancellation."""
+    call = _Call(method, {name.lower(): value for name, value in headers.items()}, body)
+    try:
+        return await _route(call, path.split("/")[1:], models)
+    except RefusedError as refused:
+        return error(refused.status, str(refused), refused.headers)
+    except Exception:
+        logger.exception("internal error")
+        return error(500, "internal error; the server's log has the cause")
+
+
+def error(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    """An error reply as every client expects it."""
+    return _json({"error": message}, status, headers)
+
+
+async def _route(call: _Call, parts: Sequence[str], models: Mapping[str, ServedModel]) -> Response:
+    match parts:
+        case ["v2"]:
+            return _get(call, {"name": "portaisys", "version": portaisys.__version__, "extensions": _EXTENSIONS})
+        case ["v2", "health", "live"]:
+            return _get(call, {"live": True})
+        case ["v2", "health", "ready"]:
+            return _ready(call, *models.values())
+        case ["v2", "models", name, "versions", version, *action] if len(action) < 2:
+            return await _act(call, _find(models, name, version), *action)
+        case ["v2", "models", name, *action] if len(action) < 2:
+            return await _act(call, _find(models, name), *action)
+    raise RefusedError(404, "no such route; the protocol's are below the path v2")
+
+
+async def _act(call: _Call, model: ServedModel, action: str | None = None) -> Response:
+    match action:
+        case None:
+            return _get(call, metadata(model))
+        case "ready":
+            return _ready(call, model)
+        case "config":
+            return _get(call, config(model))
+        case "lineage":
+            return _get(call, model.lineage)
+        case "infer":
+            return await _infer(call, model)
+    raise RefusedError(404, "no such route; a model has ready, config, lineage and infer")
+
+
+def _find(models: Mapping[str, ServedModel], name: str, version: str | None = None) -> ServedModel:
+    model = models.get(name)
+    if model is None:
+        raise RefusedError(404, f"unknown model; this server has {', '.join(sorted(models))}")
+    if version not in (None, model.version):
+        raise RefusedError(404, f"unknown version of {model.name}; this server has {model.version}")
+    return model
+
+
+def _get(call: _Call, value: Any) -> Response:
+    if call.method != "GET":
+        raise RefusedError(405, "this route answers GET", {"Allow": "GET"})
+    return _json(value)
+
+
+def _ready(call: _Call, *models: ServedModel) -> Response:
+    reply = _get(call, {"ready": True})
+    if not all(model.ready for model in models):
+        raise RefusedError(503, "not ready", {"Retry-After": "1"})
+    return reply
+
+
+async def _infer(call: _Call, model: ServedModel) -> Response:
+    if call.method != "POST":
+        raise RefusedError(405, "this route answers POST", {"Allow": "POST"})
+    if not model.ready:
+        raise RefusedError(503, "the model is not ready", {"Retry-After": "1"})
+    arguments = call.headers, call.body, model.inputs, model.outputs
+    short = len(call.body) < _IN_THREAD_BYTES and "content-encoding" not in call.headers
+    request = decode(*arguments) if short else await asyncio.to_thread(decode, *arguments)
+    outputs = await _run(model, request)
+    body, headers = encode(request, outputs, model)
+    return Response(200, *_compress(call.headers.get("accept-encoding", ""), headers, body))
+
+
+async def _run(model: ServedModel, request: InferRequest) -> Outputs:
+    try:
+        async with asyncio.timeout(request.timeout_s):
+            return await model.infer(request.feeds)
+    except QueueFullError as full:
+        raise RefusedError(503, str(full), {"Retry-After": str(full.retry_after_s)}) from None
+    except TimeoutError:
+        raise RefusedError(503, "not answered within the request's timeout", {"Retry-After": "1"}) from None
+    except ClosedError as closed:
+        raise RefusedError(503, str(closed), {"Retry-After": "1"}) from None
+    except TooManySamplesError as problem:
+        raise RefusedError(400, str(problem)) from None
+    except EngineFailedError as failure:
+        logger.error("%s: %s", model.name, failure, exc_info=failure.__cause__)
+        raise RefusedError(500, str(failure)) from None
+
+
+# --- what a model says of itself ----------------------------------------------------------------------------------
+
+
+def metadata(model: ServedModel) -> dict[str, Any]:
+    """Name, version, inputs and outputs; the labels stand in the parameters of the output that scores them."""
+    outputs = [{**_describe(tensor), "parameters": {"labels": list(model.labels)}} for tensor in model.outputs]
+    return {
+        "name": model.name, "versions": [model.version], "platform": f"portaisys_{model.engine.backend}",
+        "inputs": [_describe(tensor) for tensor in model.inputs], "outputs": outputs,
+    }  # fmt: skip
+
+
+def config(model: ServedModel) -> dict[str, Any]:
+    """The subset of Triton's model configuration that perf_analyzer reads."""
+    return {
+        "name": model.name, "platform": f"portaisys_{model.engine.backend}", "backend": model.engine.backend,
+        "max_batch_size": model.batcher.max_batch, "dynamic_batching": {},
+        "input": [_configure(tensor) for tensor in model.inputs], "output": [_configure(tensor) for tensor in model.outputs],
+    }  # fmt: skip
+
+
+def _describe(tensor: Tensor) -> dict[str, Any]:
+    return {"name": tensor.name, "datatype": _DATATYPES[tensor.dtype].name, "shape": list(tensor.shape)}
+
+
+def _configure(tensor: Tensor) -> dict[str, Any]:
+    return {"name": tensor.name, "data_type": f"TYPE_{_DATATYPES[tensor.dtype].name}", "dims": list(tensor.shape[1:])}
+
+
+# --- decode -------------------------------------------------------------------------------------------------------
+
+
+def decode(headers: Mapping[str, str], body: bytes, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> InferRequest:
+    """Body to named arrays. `headers`: lower-case names. Raises RefusedError (400; 413 for a body over the limit)."""
+    view = memoryview(_inflate(headers.get("content-encoding", "identity"), body))
+    json_bytes = _header_length(headers.get(_HEADER_LENGTH), len(view))
+    if json_bytes == 0:
+        return _decode_raw(view, inputs, outputs)
+    tree = _parse(view[:json_bytes])
+    parameters = _parameters(tree)
+    return InferRequest(
+        feeds=_feeds(tree, view[json_bytes:], inputs),
+        wanted=_wanted(_list(tree, "outputs"), outputs, binary=_value(parameters, "binary_data_output", bool, False)),
+        id=_value(tree, "id", str, None),
+        timeout_s=_timeout_s(parameters),
+    )
+
+
+def _inflate(encoding: str, body: bytes) -> bytes:
+    """Undo the content encoding, never producing more than the limit whatever the body claims."""
+    if len(body) > MAX_BODY_BYTES:
+        raise RefusedError(413, f"the body exceeds {MAX_BODY_BYTES} bytes; send fewer samples a request")
+    if encoding == "identity":
+        return body
+    if encoding not in ("gzip", "deflate"):
+        raise RefusedError(400, "unsupported Content-Encoding; use identity, gzip or deflate")
+    inflater = zlib.decompressobj(wbits=31 if encoding == "gzip" else 15)
+    try:
+        inflated = inflater.decompress(body, MAX_BODY_BYTES + 1)
+    except zlib.error:
+        raise RefusedError(400, f"the body is not valid {encoding}") from None
+    if len(inflated) > MAX_BODY_BYTES:
+        raise RefusedError(413, f"the uncompressed body exceeds {MAX_BODY_BYTES} bytes; send fewer samples a request")
+    if not inflater.eof or inflater.unused_data:
+        raise RefusedError(400, f"the body is not one whole {encoding} stream")
+    return inflated
+
+
+def _header_length(text: str | None, body_bytes: int) -> int:
+    if text is None:
+        return body_bytes or -1  # an empty body is empty JSON, not a raw tensor
+    if not re.fullmatch("[0-9]{1,12}", text):
+        raise RefusedError(400, "Inference-Header-Content-Length is not a number of bytes")
+    if int(text) > body_bytes:
+        raise RefusedError(400, f"Inference-Header-Content-Length exceeds the {body_bytes} bytes of the body")
+    return int(text)
+
+
+def _decode_raw(view: memoryview, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> InferRequest:
+    """Header length 0: the body is the only input's one sample, and every output goes back in binary."""
+    if len(inputs) != 1 or -1 in inputs[0].shape[1:]:
+        raise RefusedError(400, "a raw body needs a model of one input with fixed dimensions; send a JSON header")
+    tensor = inputs[0]
+    feeds = {tensor.name: _from_binary(tensor, (1, *tensor.shape[1:]), view)}
+    return InferRequest(feeds, [Wanted(output.name, binary=True) for output in outputs])
+
+
+def _parse(view: memoryview) -> dict[str, Any]:
+    if len(view) > MAX_JSON_BYTES:
+        raise RefusedError(413, f"the JSON exceeds {MAX_JSON_BYTES} bytes; send the tensors in binary")
+    try:
+        tree = json.loads(str(view, "utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise RefusedError(400, "the request is not valid JSON") from None
+    if not isinstance(tree, dict):
+        raise RefusedError(400, "the request is not a JSON object")
+    return tree
+
+
+def _no_constant(_: str) -> None:
+    raise ValueError("NaN and Infinity are not JSON")
+
+
+def _feeds(tree: Mapping[str, Any], blobs: memoryview, inputs: Sequence[Tensor]) -> dict[str, NDArray[Any]]:
+    feeds: dict[str, NDArray[Any]] = {}
+    for entry in _list(tree, "inputs"):
+        tensor = _named(entry, inputs, "input", feeds)
+        shape = _shape(entry, tensor)
+        size = _value(_parameters(entry), "binary_data_size", int, None)
+        if size is None:
+            feeds[tensor.name] = _from_json(tensor, shape, entry.get("data"))
+        else:
+            if not 0 <= size <= len(blobs):
+                raise RefusedError(400, f"input {tensor.name!r}: binary_data_size exceeds what the body holds")
+            feeds[tensor.name] = _from_binary(tensor, shape, blobs[:size])
+            blobs = blobs[size:]
+    _complete(feeds, inputs, left=len(blobs))
+    return feeds
+
+
+def _complete(feeds: Mapping[str, NDArray[Any]], inputs: Sequence[Tensor], left: int) -> None:
+    missing = [tensor.name for tensor in inputs if tensor.name not in feeds]
+    if missing:
+        raise RefusedError(400, f"missing input {', '.join(missing)}")
+    if left:
+        raise RefusedError(400, f"{left} bytes of the body belong to no input; every binary_data_size together must add up to it")
+    if len({len(values) for values in feeds.values()}) > 1:
+        raise RefusedError(400, "the inputs differ in dimension 0, the batch")
+
+
+def _named(entry: Any, tensors: Sequence[Tensor], kind: str, taken: Any) -> Tensor:
+    if not isinstance(entry, dict):
+        raise RefusedError(400, f"an {kind} is not a JSON object")
+    tensor = next((tensor for tensor in tensors if tensor.name == entry.get("name")), None)
+    if tensor is None:
+        raise RefusedError(400, f"unknown {kind} name; the model has {', '.join(tensor.name for tensor in tensors)}")
+    if tensor.name in taken:
+        raise RefusedError(400, f"{kind} {tensor.name!r} stands twice in the request")
+    return tensor
+
+
+def _shape(entry: Mapping[str, Any], tensor: Tensor) -> tuple[int, ...]:
+    """The declared shape, which must be what the model takes; positive throughout."""
+    datatype = _DATATYPES[tensor.dtype].name
+    if entry.get("datatype") != datatype:
+        raise RefusedError(400, f"input {tensor.name!r} has datatype {datatype}")
+    shape = _list(entry, "shape")
+    fits = len(shape) == len(tensor.shape) and all(
+        type(size) is int and size > 0 and want in (-1, size) for size, want in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        raise RefusedError(400, f"input {tensor.name!r} has shape {list(tensor.shape)}; -1 is any size from 1 up")
+    return tuple(shape)
+
+
+def _from_binary(tensor: Tensor, shape: tuple[int, ...], blob: memoryview) -> NDArray[Any]:
+    dtype = np.dtype(tensor.dtype).newbyteorder("<")
+    expected = math.prod(shape) * dtype.itemsize
+    if len(blob) != expected:
+        raise RefusedError(400, f"input {tensor.name!r}: {len(blob)} bytes where shape and datatype need {_count(expected)}")
+    if dtype.kind == "b" and np.frombuffer(blob, np.uint8).max() > 1:
+        raise RefusedError(400, f"input {tensor.name!r}: a BOOL is a byte of 0 or 1")
+    return _finite(tensor, np.frombuffer(blob, dtype).reshape(shape))
+
+
+def _from_json(tensor: Tensor, shape: tuple[int, ...], data: Any) -> NDArray[Any]:
+    """Nested or flat lists, row major. An `array` refuses what numpy would convert or let grow: strings, objects, overflow."""
+    datatype = _DATATYPES[tensor.dtype]
+    if not datatype.kinds:
+        raise RefusedError(400, f"input {tensor.name!r}: {datatype.name} has no JSON form; send it in binary")
+    flat = _flatten(tensor, data, len(shape))
+    if len(flat) != math.prod(shape):
+        raise RefusedError(400, f"input {tensor.name!r}: {len(flat)} elements where the shape needs {_count(math.prod(shape))}")
+    try:
+        if not set(map(type, flat)) <= datatype.kinds:
+            raise TypeError
+        values = np.frombuffer(array(datatype.typecode, flat), tensor.dtype)
+    except (TypeError, OverflowError):
+        raise RefusedError(400, f"input {tensor.name!r}: an element is not a {datatype.name}") from None
+    return _finite(tensor, values.reshape(shape))
+
+
+def _flatten(tensor: Tensor, data: Any, rank: int) -> list[Any]:
+    if not isinstance(data, list):
+        raise RefusedError(400, f"input {tensor.name!r} has neither data, as a list, nor binary_data_size")
+    rows: list[Any] = data
+    for _ in range(rank - 1):
+        if not rows or not isinstance(rows[0], list):
+            break
+        if not all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows):
+            raise RefusedError(400, f"input {tensor.name!r}: the nested lists differ in length")
+        rows = list(chain.from_iterable(rows))
+    return rows
+
+
+def _finite(tensor: Tensor, values: NDArray[Any]) -> NDArray[Any]:
+    """One NaN makes its whole answer NaN, which JSON cannot carry back: refused where it came from."""
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise RefusedError(400, f"input {tensor.name!r} holds NaN, infinity or a number beyond its datatype")
+    return values
+
+
+def _wanted(entries: Sequence[Any], outputs: Sequence[Tensor], *, binary: bool) -> list[Wanted]:
+    wanted: dict[str, Wanted] = {}
+    for entry in entries:
+        name = _named(entry, outputs, "output", wanted).name
+        parameters = _parameters(entry)
+        classes = _value(parameters, "classification", int, 0)
+        if classes < 0:
+            raise RefusedError(400, f"output {name!r}: classification is a number of classes")
+        wanted[name] = Wanted(name, _value(parameters, "binary_data", bool, binary), classes)
+    return list(wanted.values()) or [Wanted(output.name, binary) for output in outputs]
+
+
+def _timeout_s(parameters: Mapping[str, Any]) -> float | None:
+    """Triton's request parameter `timeout`, in microseconds; 0 is none."""
+    timeout_us = _value(parameters, "timeout", int, 0)
+    if not 0 <= timeout_us < 1 << 53:
+        raise RefusedError(400, "parameter timeout is a number of microseconds")
+    return timeout_us / 1e6 or None
+
+
+def _parameters(tree: Mapping[str, Any]) -> dict[str, Any]:
+    parameters: dict[str, Any] = _value(tree, "parameters", dict, {})
+    if "shared_memory_region" in parameters:
+        raise RefusedError(400, "shared memory is not supported; send the tensors in the body")
+    return parameters
+
+
+def _list(tree: Mapping[str, Any], key: str) -> list[Any]:
+    found: list[Any] = _value(tree, key, list, [])
+    return found
+
+
+def _value(tree: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
+    """`tree[key]`, which must be exactly of this type (a bool is no int); absent and null are the default."""
+    value = tree.get(key)
+    if value is None:
+        return default
+    if type(value) is not kind:
+        names = {dict: "an object", list: "a list", str: "a string", int: "an integer", bool: "true or false"}
+        raise RefusedError(400, f"{key} is not {names[kind]}")
+    return value
+
+
+def _count(number: int) -> str:
+    return str(number) if number < 1 << 53 else "more than can be sent"  # str() of a huge int raises
+
+
+# --- encode -------------------------------------------------------------------------------------------------------
+
+
+def encode(request: InferRequest, outputs: Mapping[str, NDArray[Any]], model: ServedModel) -> tuple[bytes, dict[str, str]]:
+    """Reply body and headers. Raises RefusedError when JSON cannot carry an output."""
+    blobs: list[bytes] = []
+    entries = [_entry(wanted, outputs[wanted.name], model.labels, blobs) for wanted in request.wanted]
+    tree = {"model_name": model.name, "model_version": model.version, "outputs": entries}
+    head = _dump({"id": request.id, **tree} if request.id is not None else tree)
+    if not any(wanted.binary for wanted in request.wanted):
+        return head, {"Content-Type": "application/json"}
+    return b"".join([head, *blobs]), {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head))}
+
+
+def _entry(wanted: Wanted, values: NDArray[Any], labels: Sequence[str], blobs: list[bytes]) -> dict[str, Any]:
+    datatype = _DATATYPES[values.dtype.name]
+    if wanted.classes:
+        return _classes(wanted, values, labels, blobs)
+    entry: dict[str, Any] = {"name": wanted.name, "datatype": datatype.name, "shape": list(values.shape)}
+    if wanted.binary:
+        blobs.append(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes())
+        return {**entry, "parameters": {"binary_data_size": len(blobs[-1])}}
+    if not datatype.kinds:
+        raise RefusedError(400, f"output {wanted.name!r}: {datatype.name} has no JSON form; ask for binary_data")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise RefusedError(400, f"output {wanted.name!r} is not finite for these inputs, and JSON has no form for that; ask for binary_data")
+    return {**entry, "data": values.ravel().tolist()}
+
+
+def _classes(wanted: Wanted, values: NDArray[Any], labels: Sequence[str], blobs: list[bytes]) -> dict[str, Any]:
+    """Triton's classification extension: BYTES of shape [batch, classes], best first."""
+    rows = values.reshape(len(values), -1)
+    count = min(wanted.classes, rows.shape[1])
+    best = np.argsort(-rows, axis=1, kind="stable")[:, :count]
+    texts = [f"{row[index]:f}:{index}:{labels[index]}" for row, top in zip(rows, best, strict=True) for index in top]
+    entry = {"name": wanted.name, "datatype": "BYTES", "shape": [len(rows), count]}
+    if not wanted.binary:
+        return {**entry, "data": texts}
+    blobs.append(b"".join(struct.pack("<I", len(text)) + text for text in map(str.encode, texts)))
+    return {**entry, "parameters": {"binary_data_size": len(blobs[-1])}}
+
+
+def _compress(accepted: str, headers: dict[str, str], body: bytes) -> tuple[dict[str, str], bytes]:
+    """gzip or deflate where the client names it. Inference-Header-Content-Length stays that of the uncompressed JSON."""
+    names = [name.strip().lower() for name in accepted.split(",")]
+    encoding = next((name for name in ("gzip", "deflate") if name in names), None)
+    if encoding is None or len(body) < _COMPRESS_BYTES:
+        return headers, body
+    deflater = zlib.compressobj(1, wbits=31 if encoding == "gzip" else 15)
+    return {**headers, "Content-Encoding": encoding}, deflater.compress(body) + deflater.flush()
+
+
+def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(status, {"Content-Type": "application/json", **(headers or {})}, _dump(value))
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()

@@ -1,0 +1,231 @@
+"""What each stage does: parents' artifacts in, a filled folder out. Plain Python; knows no Ray and no order of stages.
+
+Stages that train describe their work as a `Fit` (plain data), so that it can be carried out in this process or by
+a group of workers elsewhere: `carry_out` is the same function in both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from portaisys import data, evaluate, models, spec
+from portaisys.artifact import Artifact, Draft
+from portaisys.compress.distill import distillation
+from portaisys.compress.prune import prune
+from portaisys.compress.quantize import quantize
+from portaisys.data import Splits
+from portaisys.engine import Options
+from portaisys.engine.cache import get_or_build, load
+from portaisys.export import INPUT, OUTPUT, export
+from portaisys.judge import DENSE, Subject, judge, save_answers
+from portaisys.spec import Distill, Spec, Train
+from portaisys.train import Loss, Place, Report, fit, score
+
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One training job as plain data. `parents`: role -> folder of the artifact that holds its weights.
+
+    `work`: the folder of the checkpoint and, in the end, of the trained weights; `remote`: the same beyond this machine.
+    """
+
+    spec: Mapping[str, Any]
+    kind: str
+    options: Mapping[str, Any]
+    parents: Mapping[str, str]
+    key: str
+    work: str
+    log: str
+    remote: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage is given. `parents`: role -> artifact.
+
+    `train()` has a Fit carried out and returns the folder with the weights; `looks(candidates)` counts, in the ledger,
+    who looked at the test split; `tell(text)` shows progress.
+    """
+
+    spec: Spec
+    kind: str
+    key: str
+    options: Mapping[str, Any]
+    parents: Mapping[str, Artifact]
+    splits: Splits
+    train: Callable[[], Path]
+    looks: Callable[[Sequence[str]], int]
+    tell: Callable[[str], None]
+
+
+def fresh(options: Spec, splits: Splits) -> nn.Module:
+    """The model of a spec with its first weights, the same on every machine and rank."""
+    torch.manual_seed(options.seed)
+    return models.build(options.model, splits.shape, len(splits.labels), splits.mean, splits.std)
+
+
+def restore(options: Spec, splits: Splits, folder: Path) -> nn.Module:
+    """The model of a finished stage, pruned or not."""
+    model = fresh(options, splits)
+    models.rebuild(model, models.load_weights(folder / WEIGHTS))
+    return model.eval()
+
+
+# --- stages that train ------------------------------------------------------------------------------------------
+
+
+def carry_out(job: Fit, place: Place, report: Report) -> None:
+    """Train as `job` says; rank 0 leaves the weights in `job.work`."""
+    options = spec.parse(job.spec)
+    splits = data.load(options.data)
+    model, loss, train = FITS[job.kind](job, options, splits)
+    model = fit(
+        model, splits.train, train, folder=Path(job.work), key=job.key, seed=options.seed, validation=splits.validation,
+        loss=loss, report=report, place=place,
+    )  # fmt: skip
+    if place.rank == 0:
+        models.save(model, Path(job.work) / WEIGHTS)
+
+
+def _dense(job: Fit, options: Spec, splits: Splits) -> tuple[nn.Module, Loss | None, Train]:
+    return fresh(options, splits), None, options.train
+
+
+def _distilled(job: Fit, options: Spec, splits: Splits) -> tuple[nn.Module, Loss | None, Train]:
+    recipe = Distill(**job.options)
+    student = restore(options, splits, Path(job.parents["student"]))
+    teacher = restore(options, splits, Path(job.parents["teacher"]))
+    train = options.train.model_copy(update={"epochs": recipe.epochs, "learning_rate": recipe.learning_rate})
+    return student, distillation(teacher, recipe), train
+
+
+FITS: dict[str, Callable[[Fit, Spec, Splits], tuple[nn.Module, Loss | None, Train]]] = {"train": _dense, "distill": _distilled}
+
+
+def trained(job: Job, draft: Draft) -> None:
+    """train and distill: model.safetensors, with validation accuracy and size as scores."""
+    shutil.copyfile(job.train() / WEIGHTS, draft.path / WEIGHTS)
+    _describe(restore(job.spec, job.splits, draft.path), job, draft)
+
+
+def pruned(job: Job, draft: Draft) -> None:
+    """prune: the parent's model with fewer channels."""
+    model = restore(job.spec, job.splits, job.parents["student"].path)
+    figures = prune(model, job.splits.shape, spec.Prune(**job.options), len(job.splits.labels))
+    models.save(model, draft.path / WEIGHTS)
+    _describe(model, job, draft)
+    draft.scores.update(figures)
+
+
+def _describe(model: nn.Module, job: Job, draft: Draft) -> None:
+    draft.scores.update(models.count(model, job.splits.shape))
+    draft.scores["validation_accuracy"] = score(model, job.splits.validation)
+
+
+# --- stages on files --------------------------------------------------------------------------------------------
+
+
+def exported(job: Job, draft: Draft) -> None:
+    """export: model.onnx and golden.npz from calibration rows."""
+    model = restore(job.spec, job.splits, job.parents["model"].path)
+    rows = job.splits.calibration.x
+    draft.scores.update(export(model, rows, job.spec.export, draft.path / "model.onnx", seed=job.spec.seed))
+    draft.scores.update(models.count(model, job.splits.shape))
+
+
+def quantized(job: Job, draft: Draft) -> None:
+    """quantize: model.onnx in int8, calibrated on the calibration split."""
+    source = job.parents["model"].file("model.onnx")
+    figures = quantize(source, draft.path / "model.onnx", job.splits.calibration.x, spec.Quantize(**job.options))
+    draft.notes.extend(figures.pop("notes", []))
+    draft.scores.update(figures)
+    draft.scores.update({name: job.parents["model"].scores[name] for name in ("parameters", "macs")})
+
+
+# --- judging and packing ------------------------------------------------------------------------------------------
+
+
+def subjects(parents: Mapping[str, Artifact]) -> list[Subject]:
+    """The candidates among the exported artifacts, plainest first; each must be faster than the one before."""
+    table = (("dense", DENSE, "fp32", None), ("small", "small fp32", "fp32", DENSE), ("int8", "int8", "int8", "small fp32" if "small" in parents else DENSE))
+    return [Subject(name, precision, parents[role], rival) for role, name, precision, rival in table if role in parents]
+
+
+def judged(job: Job, draft: Draft) -> None:
+    """judge: answers.npz, and the table with its verdicts as scores."""
+    candidates = subjects(job.parents)
+    dense = restore(job.spec, job.splits, job.parents["reference"].path)
+    size = models.count(dense, job.splits.shape) | {"size_bytes": job.parents["reference"].file(WEIGHTS).stat().st_size}
+    # Counted before anyone looks: a run that dies in between has looked all the same.
+    looks = job.looks([subject.artifact.digest for subject in candidates if subject.name != DENSE]) if len(candidates) > 1 else 1
+    with _torch_threads(job.spec.engine.threads):
+        judgement = judge(job.spec, candidates, models.predictor(dense), size, job.splits.test, looks=looks, tell=job.tell)
+    save_answers(draft.path / "answers.npz", judgement, job.splits.test)
+    draft.scores.update(judgement.to_dict(), looks=looks)
+    draft.notes.extend(f"{row.engine} on {row.backend}: {note}" for row in judgement.rows for note in row.notes)
+
+
+@contextlib.contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def packed(job: Job, draft: Draft) -> None:
+    """version: what serving needs, for the best admissible engine and the fp32 one it falls back to."""
+    verdict = job.parents["judge"].scores
+    by_name = {subject.name: subject for subject in subjects(job.parents)}
+    best: dict[str, Subject] = {}
+    for name in verdict["admitted"]:
+        best.setdefault(by_name[name].precision, by_name[name])
+    golden = job.splits.calibration.x[: job.spec.export.golden_rows]
+    answers = {}
+    for precision, subject in best.items():
+        shutil.copyfile(subject.artifact.file("model.onnx"), draft.path / f"{precision}.onnx")
+        answers[f"logits_{precision}"] = _answers(job.spec, subject, golden)
+    np.savez(draft.path / "golden.npz", x=golden, **answers)
+    np.savez(draft.path / "calibration.npz", x=job.splits.calibration.x, y=job.splits.calibration.y)
+    about = {
+        "name": job.spec.name, "labels": list(job.splits.labels), "backend": job.spec.engine.backend, "precisions": list(best),
+        "engines": {precision: subject.name for precision, subject in best.items()}, "opt_batch": job.spec.export.opt_batch,
+        "max_batch": job.spec.export.max_batch, "tolerance": job.spec.export.tolerance, "verdicts": verdict["rows"],
+        "lineage": {"data": job.splits.digest, "test": job.splits.test_digest} | {role: parent.digest for role, parent in job.parents.items()},
+    }  # fmt: skip
+    (draft.path / "version.json").write_text(json.dumps(about, indent=1, sort_keys=True))
+    draft.scores.update({"admitted": verdict["admitted"]})
+
+
+def _answers(options: Spec, subject: Subject, rows: Any) -> Any:
+    settings = Options(subject.precision, options.export.opt_batch, options.export.max_batch, options.engine.threads)
+    path = subject.artifact.file("model.onnx")
+    engine = load(get_or_build(path, options.engine.backend, settings, options.storage.cache_dir / "engines"), settings)
+    answers = evaluate.predict_rows(lambda x: engine.run({INPUT: x})[OUTPUT], rows, options.export.max_batch)
+    engine.close()
+    return answers
+
+
+STAGES: dict[str, Callable[[Job, Draft], None]] = {
+    "train": trained,
+    "prune": pruned,
+    "distill": trained,
+    "export": exported,
+    "quantize": quantized,
+    "judge": judged,
+    "version": packed,
+}
