@@ -256,6 +256,19 @@ def test_every_run_is_observed_once_with_its_samples() -> None:
     assert all(record.engine_s > 0 and record.queue_s >= 0 for record in seen)
 
 
+def test_an_observer_that_fails_holds_nobody_up(caplog: pytest.LogCaptureFixture) -> None:
+    async def scene(engine: HeldEngine, batcher: Batcher) -> None:
+        tasks = [await busy(engine, batcher), *await queue(batcher, rows(1), rows(2, 3, 4, 5))]
+        engine.go.set()
+        assert [answer(await task) for task in tasks] == [[0], [2], [4, 6, 8, 10]]
+
+    def fail(record: BatchRecord) -> None:
+        raise KeyError("status")
+
+    play(scene, observe=fail)
+    assert "observer" in caplog.text
+
+
 @settings(max_examples=40, deadline=None)
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=20), max_batch=st.integers(1, 6))
 def test_everyone_gets_the_answers_to_their_own_rows(sizes: list[int], max_batch: int) -> None:

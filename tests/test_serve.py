@@ -23,8 +23,10 @@ from tritonclient.utils import InferenceServerException
 
 from portaisys import artifact
 from portaisys.engine import Options, cache
-from portaisys.serve.app import ServeArgs, build_app
+from portaisys.serve.app import ServeArgs, _absolute, build_app
+from portaisys.serve.batcher import BatchRecord
 from portaisys.serve.model import Limits, ServedModel, open_reference, open_version
+from portaisys.serve.ray_metrics import RayMetrics
 from portaisys.spec import Storage, UserError
 
 APP = Path(__file__).parents[1] / "serve_apps" / "digits.yaml"
@@ -87,6 +89,16 @@ def test_the_registry_gone_the_local_copy_is_opened(tmp_path: Path) -> None:
     asyncio.run(model.close())
 
 
+def test_what_ran_is_counted_in_batches_and_samples(tmp_path: Path) -> None:
+    async def ask() -> None:
+        model = opened(make_version(tmp_path / "v", tmp_path), tmp_path)
+        await model.infer({"x": np.zeros((20, 8, 8), np.float32)})
+        await model.close()
+        assert (model.stats.batches, model.stats.samples, model.stats.failed_batches) == (3, 20, 0) and model.stats.engine_s > 0
+
+    asyncio.run(ask())
+
+
 # --- the application's arguments ----------------------------------------------------------------------------------
 
 
@@ -111,6 +123,21 @@ def test_the_example_application_is_valid_and_local() -> None:
         ServeArgs.model_validate(application["args"])
 
 
+def test_relative_storage_is_taken_from_where_the_application_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _absolute("runs") == str(tmp_path / "runs")
+    assert [_absolute(path) for path in ("/runs", "~/runs", "s3://bucket/runs")] == ["/runs", "~/runs", "s3://bucket/runs"]
+
+
+def test_metrics_are_recorded_by_batch_and_by_reply() -> None:
+    metrics = RayMetrics("digits@production")
+    metrics.reply(200)
+    metrics.reply(503)
+    metrics.batch(BatchRecord(samples=3, queue_s=0.001, engine_s=0.002, failed=True))
+    metrics.fallbacks(["int8: golden answers differ"])
+    assert metrics._replies == {}
+
+
 # --- Ray Serve ----------------------------------------------------------------------------------------------------
 
 
@@ -120,6 +147,7 @@ class Served:
     storage: Storage
     x: np.ndarray
     logits: np.ndarray
+    logits_fp32: np.ndarray
 
     def client(self) -> InferenceServerClient:
         return InferenceServerClient(self.url, network_timeout=60, connection_timeout=60)
@@ -148,19 +176,20 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             port = free_port()
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             serve.run(build_app(ServeArgs(model="digits@production", storage=storage, num_cpus=0.1)))
-            yield Served(f"127.0.0.1:{port}", storage, *offline_answers(version, storage.cache_dir))
+            x = np.random.default_rng(1).normal(size=(64, 8, 8)).astype(np.float32)
+            answers = [offline_answers(version, storage.cache_dir, precision, x) for precision in ("int8", "fp32")]
+            yield Served(f"127.0.0.1:{port}", storage, x, *answers)
         finally:
             serve.shutdown()
             ray.shutdown()
 
 
-def offline_answers(version: artifact.Artifact, cache_dir: Path) -> tuple[np.ndarray, np.ndarray]:
-    x = np.random.default_rng(1).normal(size=(64, 8, 8)).astype(np.float32)
-    options = Options("int8", opt_batch=4, max_batch=8)
-    engine = cache.load(cache.get_or_build(version.file("int8.onnx"), "onnxruntime", options, cache_dir), options)
+def offline_answers(version: artifact.Artifact, cache_dir: Path, precision: str, x: np.ndarray) -> np.ndarray:
+    options = Options(precision, opt_batch=4, max_batch=8)
+    engine = cache.load(cache.get_or_build(version.file(f"{precision}.onnx"), "onnxruntime", options, cache_dir), options)
     logits = np.concatenate([engine.run({"x": row[None]})["logits"] for row in x])
     engine.close()
-    return x, logits
+    return logits
 
 
 def infer(client: InferenceServerClient, x: np.ndarray, *, binary: bool = True, model: str = "digits", **options: Any) -> np.ndarray:
@@ -224,7 +253,8 @@ def test_what_the_client_got_wrong_is_its_error_and_named(served: Served, wrong:
     with pytest.raises(InferenceServerException) as refused:
         served.client().infer("other" if wrong == "model" else "digits", [tensor], model_version="9" if wrong == "version" else "")
     assert refused.value.status() == ("404" if wrong in ("model", "version") else "400")
-    assert "the model has" in refused.value.message() or "has shape" in refused.value.message() or "FP32" in refused.value.message() or "this server has" in refused.value.message()
+    says = {"name": "the model has x", "rank": "has shape", "size": "has shape", "dtype": "has datatype FP32"}
+    assert says.get(wrong, "this server has") in refused.value.message()
     same(infer(served.client(), served.x[:1]), served.logits[:1])
 
 
@@ -237,4 +267,4 @@ def test_with_the_registry_gone_a_new_replica_starts_from_its_local_copy_below_a
     serve.run(build_app(args), name="second", route_prefix="/second")
     client = InferenceServerClient(f"{served.url}/second", network_timeout=60)
     assert client.is_model_ready("digits")
-    assert infer(client, served.x).argmax(1).shape == (64,)
+    same(infer(client, served.x), served.logits_fp32)

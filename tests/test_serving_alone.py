@@ -20,15 +20,21 @@ from portaisys.spec import Storage
 LABELS = [f"digit {index}" for index in range(10)]
 
 
-def make_onnx(path: Path, weights: np.ndarray) -> None:
-    """x [-1, 8, 8] -> logits [-1, 10], a linear classifier."""
-    graph = helper.make_graph(
-        [helper.make_node("Flatten", ["x"], ["flat"]), helper.make_node("MatMul", ["flat", "w"], ["logits"])],
-        "digits",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 8, 8])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 10])],
-        [numpy_helper.from_array(weights.astype(np.float32), "w")],
-    )
+def make_onnx(path: Path, weights: np.ndarray, precision: str) -> None:
+    """x [-1, 8, 8] -> logits [-1, 10], a linear classifier; int8 with Q/DQ pairs around the matrix product."""
+    node, constants = helper.make_node, {"w": weights.astype(np.float32)}
+    nodes = [node("Flatten", ["x"], ["flat"]), node("MatMul", ["flat", "w"], ["logits"])]
+    if precision == "int8":
+        constants = {"wq": np.clip(np.round(weights * 32), -127, 127).astype(np.int8), "w_scale": np.float32(1 / 32), "x_scale": np.float32(0.04)}
+        constants["zero"] = np.int8(0)
+        nodes = [
+            node("Flatten", ["x"], ["flat"]), node("QuantizeLinear", ["flat", "x_scale", "zero"], ["xq"]),
+            node("DequantizeLinear", ["xq", "x_scale", "zero"], ["xd"]), node("DequantizeLinear", ["wq", "w_scale", "zero"], ["w"]),
+            node("MatMul", ["xd", "w"], ["logits"]),
+        ]  # fmt: skip
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 8, 8])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 10])
+    graph = helper.make_graph(nodes, "digits", [x], [logits], [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
 
 
@@ -42,8 +48,8 @@ def make_version(folder: Path, cache_dir: Path, *, spoil: str = "", tolerance: f
     }  # fmt: skip
     golden = {"x": x}
     with artifact.writing(folder, kind="version", key="k", parents={}, spec={}) as draft:
-        for precision, values in {"int8": np.round(weights * 32) / 32, "fp32": weights}.items():
-            make_onnx(draft.path / f"{precision}.onnx", values)
+        for precision in about["precisions"]:
+            make_onnx(draft.path / f"{precision}.onnx", weights, precision)
             options = Options(precision, opt_batch=4, max_batch=8)
             engine = cache.load(cache.get_or_build(draft.path / f"{precision}.onnx", "onnxruntime", options, cache_dir), options)
             parts = [engine.run({"x": x[start : start + 8]})["logits"] for start in range(0, len(x), 8)]

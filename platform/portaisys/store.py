@@ -3,14 +3,15 @@
 Knows files and their manifest, not what they mean nor where a stage wants them. The manifest goes last, and a folder without one is
 no artifact, so a push that was cut short has left nothing. Two pushes of different content to one place at the same time may mix;
 `pull` then refuses what came of it.
+
+boto3 and not pyarrow.fs (both tried with pyarrow 25 on rclone's S3): pyarrow ignores AWS_ENDPOINT_URL where it takes timeouts, writes
+an empty `folder/` object at every delete, which rclone answers with 500, and its checksum trailers with 411.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -20,18 +21,15 @@ from portaisys import artifact
 from portaisys.artifact import MANIFEST
 from portaisys.spec import UserError
 
-_CHUNK = 8 << 20
-
 
 def push(folder: Path, uri: str) -> None:
     """Upload a finished artifact. Raises UserError when the folder is none, or the store refuses or does not answer."""
     found = artifact.read(folder, verify=True)
-    with _asking(uri):
-        files, root = _open(uri)
-        if _exists(files, f"{root}/{MANIFEST}"):  # replacing: the old artifact ends before its first file changes
-            files.delete_file(f"{root}/{MANIFEST}")
+    bucket, prefix = _split(uri)
+    with _asking(uri) as s3:
+        s3.delete_object(Bucket=bucket, Key=f"{prefix}/{MANIFEST}")  # what was there ends before its first file changes
         for name in [*sorted(found.files), MANIFEST]:
-            _upload(files, folder / name, f"{root}/{name}")
+            s3.upload_file(str(folder / name), bucket, f"{prefix}/{name}")
 
 
 def pull(uri: str, folder: Path) -> bool:
@@ -39,104 +37,74 @@ def pull(uri: str, folder: Path) -> bool:
 
     Raises UserError when it differs from its manifest, or the store refuses or does not answer.
     """
-    with _asking(uri):
-        files, root = _open(uri)
-        if not _exists(files, f"{root}/{MANIFEST}"):
+    bucket, prefix = _split(uri)
+    with _asking(uri) as s3:
+        try:
+            manifest = s3.get_object(Bucket=bucket, Key=f"{prefix}/{MANIFEST}")["Body"].read()
+        except s3.exceptions.NoSuchKey:
             return False
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
             draft = Path(temporary) / "artifact"
-            _download(files, f"{root}/{MANIFEST}", draft / MANIFEST)
-            for name in _names(draft / MANIFEST, uri):
-                _download(files, f"{root}/{name}", draft / name)
+            draft.mkdir()
+            (draft / MANIFEST).write_bytes(manifest)
+            for name in _names(manifest, uri):
+                (draft / name).parent.mkdir(parents=True, exist_ok=True)
+                s3.download_file(bucket, f"{prefix}/{name}", str(draft / name))
             _check(draft, uri)
             artifact._replace(draft, folder)
     return True
 
 
-def send_file(source: Path, uri: str) -> None:
-    """Upload one file (a checkpoint: it is no artifact yet). An object appears whole or not at all."""
-    with _asking(uri):
-        _upload(_open(uri)[0], source, _open(uri)[1])
-
-
-def fetch_file(uri: str, target: Path) -> bool:
-    """Download one file, whole or not at all; False when there is none."""
-    with _asking(uri):
-        files, path = _open(uri)
-        if not _exists(files, path):
-            return False
-        draft = target.with_name(f".{target.name}.download")
-        _download(files, path, draft)
-        draft.replace(target)
-    return True
-
-
 def reachable(uri: str) -> None:
-    """Raises UserError when the bucket (or folder) that `uri` lies in does not exist, refuses us or does not answer."""
-    with _asking(uri):
-        files, root = _open(uri)
-        place = root if uri.startswith("file:") else root.partition("/")[0]
-        if not _exists(files, place):
-            raise UserError(f"storage.path: {uri}: {place!r} does not exist there; create it, or correct the path")
+    """Raises UserError when the bucket of `uri` does not exist, refuses us or does not answer."""
+    bucket, _ = _split(uri)
+    with _asking(uri) as s3:
+        s3.list_objects_v2(Bucket=bucket, MaxKeys=1)  # not head_bucket, whose errors have no text
 
 
-def _open(uri: str) -> tuple[Any, str]:
-    """The file system and the path on it."""
-    try:
-        from pyarrow import fs
-    except ImportError:
-        raise UserError(f"storage.path: {uri}: needs pyarrow; install portaisys[s3]") from None
+def _split(uri: str) -> tuple[str, str]:
+    """Bucket and prefix."""
     scheme, _, rest = uri.partition("://")
-    if scheme != "s3":
-        files, root = fs.FileSystem.from_uri(uri)
-        return files, str(root).rstrip("/")
-    # The SDK's newer default sends checksums as chunked trailers, which S3's work-alikes (rclone, older MinIO) answer with 411.
-    # Nothing is lost: every file is checked against the manifest after it came back.
-    os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-    return _s3(fs, rest.partition("/")[0]), rest.rstrip("/")
+    bucket, _, prefix = rest.partition("/")
+    if scheme != "s3" or not bucket:
+        raise UserError(f"storage.path: {uri!r} is no store; write a folder or s3://bucket/prefix")
+    return bucket, prefix.strip("/")
 
 
-def _s3(fs: Any, bucket: str) -> Any:
-    # pyarrow reads AWS_ENDPOINT_URL only in from_uri, which in turn takes no timeouts: so both are given here.
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    return fs.S3FileSystem(
-        endpoint_override=endpoint,
-        region=region or ("us-east-1" if endpoint else fs.resolve_s3_region(bucket)),
-        connect_timeout=5,
-        request_timeout=60,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=3),
-    )
+def _client() -> Any:
+    """Reads AWS_ENDPOINT_URL, AWS_REGION, the credentials and profiles as every AWS tool does."""
+    try:
+        import boto3  # type: ignore[import-untyped]
+        from botocore.config import Config  # type: ignore[import-untyped]
+    except ImportError:
+        raise UserError("storage.path: a store at s3:// needs boto3; install portaisys[s3]") from None
+    # The newer default sends checksums as trailers, which some of S3's work-alikes do not take. Nothing is lost: every file is
+    # checked against the manifest after it came back.
+    checksums = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
+    return boto3.client("s3", config=Config(connect_timeout=5, read_timeout=60, retries={"total_max_attempts": 3}, **checksums))
 
 
-def _exists(files: Any, path: str) -> bool:
-    return bool(files.get_file_info(path).type != _not_found())
+@contextlib.contextmanager
+def _asking(uri: str) -> Iterator[Any]:
+    """A client whose failures become UserErrors."""
+    s3 = _client()
+    from boto3.exceptions import Boto3Error  # type: ignore[import-untyped]
+    from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
+
+    try:
+        yield s3
+    except (Boto3Error, BotoCoreError, ClientError) as error:
+        cause = str(error).splitlines()[0][:300]
+        raise UserError(
+            f"storage.path: {uri} cannot be used: {cause}; check the path, AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        ) from error
 
 
-def _not_found() -> Any:
-    from pyarrow import fs
-
-    return fs.FileType.NotFound
-
-
-def _upload(files: Any, source: Path, target: str) -> None:
-    if files.type_name == "local":  # an object store has no folders to make
-        files.create_dir(target.rpartition("/")[0], recursive=True)
-    with source.open("rb") as local, files.open_output_stream(target) as remote:
-        shutil.copyfileobj(local, remote, _CHUNK)
-
-
-def _download(files: Any, source: str, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with files.open_input_stream(source) as remote, target.open("wb") as local:
-        shutil.copyfileobj(remote, local, _CHUNK)
-
-
-def _names(manifest: Path, uri: str) -> list[str]:
+def _names(manifest: bytes, uri: str) -> list[str]:
     """The files a manifest lists; whoever can write to the store can write any name into it, so each is checked."""
     try:
-        names = list(json.loads(manifest.read_text())["files"])
+        names = list(json.loads(manifest)["files"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{uri}/{MANIFEST}: damaged; delete it and run the stage again") from None
     for name in names:
@@ -151,16 +119,3 @@ def _check(draft: Path, uri: str) -> None:
         artifact.read(draft, verify=True)
     except UserError as error:
         raise UserError(f"{uri}: {str(error).removeprefix(f'{draft}: ')}") from None
-
-
-@contextlib.contextmanager
-def _asking(uri: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:  # all that pyarrow raises: ArrowInvalid is a ValueError
-        cause = str(error).splitlines()[0][:300]
-        raise UserError(
-            f"storage.path: {uri} cannot be used: {cause}; check the path, AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        ) from error

@@ -6,7 +6,7 @@ An engine takes named arrays and gives named arrays. It knows neither data sets 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -80,4 +80,52 @@ def backend(name: str) -> Any:
     return importlib.import_module(BACKENDS[name])
 
 
-__all__ = ["BACKENDS", "Arrays", "CannotExecute", "Engine", "Options", "Status", "Tensor", "backend", "np"]
+def read_onnx(path: Path) -> Any:
+    """The checked `onnx.ModelProto` in a file. Raises UserError when there is none, or it is damaged or not self-contained."""
+    import onnx  # 0.3 s, and whoever only names a type of this module does not need it
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+        outside = [tensor.name for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+        if not outside:
+            onnx.checker.check_model(model)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); export the model again") from None
+    except (DecodeError, onnx.checker.ValidationError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not an ONNX file, or a damaged one ({_first_line(error)}); export the model again") from None
+    if outside:
+        raise UserError(f"{path}: {outside[0]} and {len(outside) - 1} more weights are in another file, which caches would miss; export with external_data=False")
+    return model
+
+
+def read_for(path: Path, precision: str) -> Any:
+    """`read_onnx`, and its types are what `precision` ("fp32" or "int8") says: engines take them from the file, not from a flag."""
+    model = read_onnx(path)
+    quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    if quantized != (precision == "int8"):
+        what = "is quantized" if quantized else "holds no QuantizeLinear, so an int8 engine of it would be fp32"
+        raise UserError(f"engine.precisions: {precision!r} was asked for, but {path} {what}; give the file of the right stage (quantize makes the int8 one)")
+    return model
+
+
+def check_feeds(inputs: Sequence[Tensor], feeds: Arrays) -> int:
+    """The number of rows of a request. Raises UserError when names, types or shapes are not those of `inputs`."""
+    if set(feeds) != {tensor.name for tensor in inputs}:
+        raise UserError(f"inputs: this engine takes {', '.join(tensor.name for tensor in inputs)}; got {', '.join(sorted(feeds)) or 'nothing'}")
+    for tensor in inputs:
+        array = feeds[tensor.name]
+        fits = len(tensor.shape) == array.ndim and all(want in (-1, got) for want, got in zip(tensor.shape, array.shape, strict=True))
+        if array.dtype.name != tensor.dtype or not fits:
+            raise UserError(f"inputs: {tensor.name} must be {tensor.dtype} of shape {list(tensor.shape)}; it is {array.dtype.name} of {list(array.shape)}")
+    rows = {feeds[tensor.name].shape[0] for tensor in inputs}
+    if len(rows) != 1 or not min(rows):
+        raise UserError(f"inputs: all need the same number of rows, at least one; they have {sorted(rows)}")
+    return int(rows.pop())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+__all__ = ["BACKENDS", "Arrays", "CannotExecute", "Engine", "Options", "Status", "Tensor", "backend", "check_feeds", "np", "read_for", "read_onnx"]

@@ -88,29 +88,32 @@ class Replica:
 
 async def read_body(request: Request) -> bytes:
     """The whole body. Raises RefusedError (413) as soon as it exceeds the limit, whatever Content-Length says."""
-    chunks, size = [], 0
+    body = bytearray()
     try:
         async for chunk in request.stream():
-            size += len(chunk)
-            if size > protocol.MAX_BODY_BYTES:
+            body += chunk
+            if len(body) > protocol.MAX_BODY_BYTES:
                 raise protocol.RefusedError(413, f"the body exceeds {protocol.MAX_BODY_BYTES} bytes; send fewer samples a request")
-            chunks.append(chunk)
     except ClientDisconnect:
         raise protocol.RefusedError(400, "the client left before its body was complete") from None
-    return b"".join(chunks)
+    return bytes(body)
 
 
 def build_app(args: ServeArgs) -> serve.Application:
     """The application of `serve.run`, or of `import_path: portaisys.serve.app:build_app` in a Serve config.
 
-    A relative storage.path is taken from the folder of the process that builds the application.
+    A relative storage.path is taken from the folder of the process that builds the application, `~` where it serves.
     """
-    where = args.storage if args.storage.remote else args.storage.model_copy(update={"path": str(Path(args.storage.path).expanduser().resolve())})
+    storage = args.storage.model_copy(update={"path": _absolute(args.storage.path), "cache": _absolute(args.storage.cache)})
     deployment = serve.deployment(Replica).options(
         name="inference",
         num_replicas=args.num_replicas,
-        # Every request must reach the batcher, whose own limit answers 503: what Serve holds back waits unseen.
-        max_ongoing_requests=2 * args.max_queue,
+        # Well above what runs and waits: what Serve itself holds back waits unseen, the batcher's limit answers 503.
+        max_ongoing_requests=4 * args.max_queue,
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
     )
-    return deployment.bind(args.model_copy(update={"storage": where}).model_dump(mode="json"))
+    return deployment.bind(args.model_copy(update={"storage": storage}).model_dump(mode="json"))
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path or path.startswith("~") else str(Path(path).resolve())

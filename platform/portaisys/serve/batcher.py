@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import time
 from collections import deque
@@ -23,6 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from portaisys.engine import Arrays
+
+logger = logging.getLogger(__name__)
 
 Outputs = dict[str, NDArray[Any]]
 
@@ -199,7 +202,13 @@ class Batcher:
             failure.__cause__ = error
             _fail(batch, failure)
         self._running_since, self._last_engine_s = None, time.monotonic() - started
-        self._observe(BatchRecord(sum(piece.samples for piece in batch), queue_s, self._last_engine_s, failure is not None))
+        self._report(BatchRecord(sum(piece.samples for piece in batch), queue_s, self._last_engine_s, failure is not None))
+
+    def _report(self, record: BatchRecord) -> None:
+        try:
+            self._observe(record)
+        except Exception:  # else a counter that fails would leave everyone in the queue waiting
+            logger.exception("the observer of batches failed")
 
     def _call(self, batch: list[_Piece]) -> Outputs:
         # Always copied, for one piece too: the arrays are views into request bodies, at any alignment.

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from portaisys import artifact, registry
-from portaisys.engine import Arrays, Engine, Options, Tensor, cache
+from portaisys.engine import Arrays, Engine, Options, Tensor
+from portaisys.engine.cache import get_or_build, load
 from portaisys.serve.batcher import Batcher, BatchRecord, Outputs
 from portaisys.spec import Storage, UserError
 
@@ -102,7 +103,8 @@ def open_reference(reference: str, storage: Storage, limits: Limits, observe: Ca
     if fetched.note:
         logger.warning("%s", fetched.note)
     number = str(fetched.version.version)
-    return open_version(fetched.path, number, storage.cache_dir, limits, observe, name=fetched.version.name, digest=fetched.version.digest)
+    engines = storage.cache_dir / "engines"
+    return open_version(fetched.path, number, engines, limits, observe, name=fetched.version.name, digest=fetched.version.digest)
 
 
 def open_version(
@@ -115,29 +117,26 @@ def open_version(
     name: str | None = None,
     digest: str | None = None,
 ) -> ServedModel:
-    """Open a version's folder; every file is hashed again. Blocks until the engine is warm. Raises UserError."""
+    """Open a version's folder, engines cached in `cache_dir`; every file is hashed again. Blocks until the engine is warm. Raises UserError."""
     started = time.monotonic()
+    found = _verified(folder, digest)
+    about = json.loads(found.file("version.json").read_text())
+    max_batch = _max_batch(about, limits)
+    engine, fallbacks = _first_that_holds(found, about, cache_dir, limits)
+    _warm(engine, found, sorted({1, min(about["opt_batch"], max_batch), max_batch}))
+    name, stats = name or about["name"], Stats()
+    observers = _both(stats.add, observe)
+    batcher = Batcher(engine.run, max_batch=max_batch, max_queue=limits.max_queue, max_delay_ms=limits.max_delay_ms, observe=observers)
+    lineage = _lineage(found, about, number, {**asdict(limits), **_serving(engine), "max_batch": max_batch, "fallbacks": fallbacks})
+    logger.info("%s@%s: %s ready after %.2f s", name, number, engine.precision, time.monotonic() - started)
+    return ServedModel(name, number, engine, batcher, tuple(about["labels"]), lineage, fallbacks, stats)
+
+
+def _verified(folder: Path, digest: str | None) -> artifact.Artifact:
     found = artifact.read(folder, verify=True)
     if digest not in (None, found.digest):
         raise UserError(f"{folder}: digest {found.digest[:12]} where the registry says {str(digest)[:12]}; delete the folder and fetch it again")
-    about = json.loads(found.file("version.json").read_text())
-    engine, fallbacks = _first_that_holds(found, about, cache_dir, limits)
-    max_batch = _max_batch(about, limits)
-    _warm(engine, found, sorted({1, min(about["opt_batch"], max_batch), max_batch}))
-    stats = Stats()
-    logger.info("%s@%s: %s ready after %.2f s", name or about["name"], number, engine.precision, time.monotonic() - started)
-    return ServedModel(
-        name=name or about["name"],
-        version=number,
-        engine=engine,
-        batcher=Batcher(
-            engine.run, max_batch=max_batch, max_queue=limits.max_queue, max_delay_ms=limits.max_delay_ms, observe=_both(stats.add, observe)
-        ),
-        labels=tuple(about["labels"]),
-        lineage=_lineage(found, about, number, engine, fallbacks, limits, max_batch),
-        fallbacks=fallbacks,
-        stats=stats,
-    )
+    return found
 
 
 def _both(first: Callable[[BatchRecord], None], second: Callable[[BatchRecord], None] | None) -> Callable[[BatchRecord], None]:
@@ -156,15 +155,13 @@ def _max_batch(about: Mapping[str, Any], limits: Limits) -> int:
     return limits.max_batch or verified
 
 
-def _lineage(
-    found: artifact.Artifact, about: Mapping[str, Any], number: str, engine: Engine, fallbacks: Sequence[str], limits: Limits, max_batch: int
-) -> dict[str, Any]:
-    serving = {
-        "backend": engine.backend, "precision": engine.precision, "device": engine.device, "admitted": about["precisions"],
-        "fallbacks": list(fallbacks), **asdict(limits), "max_batch": max_batch,
-    }  # fmt: skip
-    serving["precision"] = engine.precision
-    return {"version": number, "digest": found.digest, "lineage": about["lineage"], "verdicts": about["verdicts"], "serving": serving}
+def _serving(engine: Engine) -> dict[str, str]:
+    return {"backend": engine.backend, "precision": engine.precision, "device": engine.device}
+
+
+def _lineage(found: artifact.Artifact, about: Mapping[str, Any], number: str, serving: Mapping[str, Any]) -> dict[str, Any]:
+    admitted = {"precisions": about["precisions"], "verdicts": about["verdicts"]}
+    return {"version": number, "digest": found.digest, "lineage": about["lineage"], **admitted, "serving": serving}
 
 
 # --- which precision ----------------------------------------------------------------------------------------------
@@ -176,7 +173,7 @@ def _first_that_holds(found: artifact.Artifact, about: Mapping[str, Any], cache_
     for precision in _candidates(about, limits):
         options = Options(precision, about["opt_batch"], about["max_batch"], limits.threads)
         try:
-            engine = cache.load(cache.get_or_build(found.file(f"{precision}.onnx"), about["backend"], options, cache_dir), options)
+            engine = load(get_or_build(found.file(f"{precision}.onnx"), about["backend"], options, cache_dir), options)
         except UserError:
             # The cause may name paths; it is for the log, the reason is for everybody.
             logger.exception("%s cannot be built or loaded", precision)

@@ -1,0 +1,160 @@
+"""INT8 post-training quantization of an exported file, ONNX to ONNX.
+
+One file for all engines: signed, symmetric, Q/DQ, weights per channel, no quantized bias, which is what TensorRT takes;
+ONNX Runtime's build step turns the activations unsigned for x86. Knows the graph and the calibration rows; whether the
+result is accurate enough or faster is for the gate to measure.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from portaisys.artifact import write_bytes
+from portaisys.engine import read_onnx
+from portaisys.spec import Quantize, UserError
+
+WEIGHTED = ("Conv", "MatMul", "Gemm")
+POOLS = ("GlobalAveragePool", "ReduceMean")
+BATCH = 32  # calibration rows at a time; does not change the result of "minmax"
+METHODS = {"minmax": CalibrationMethod.MinMax, "entropy": CalibrationMethod.Entropy, "percentile": CalibrationMethod.Percentile}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Names of the nodes whose inputs are quantized, and of the weighted ones left in fp32."""
+
+    quantized: tuple[str, ...]
+    kept: tuple[str, ...]
+    adds: int
+
+
+def quantize(onnx_in: Path, onnx_out: Path, calibration: NDArray[np.float32], options: Quantize) -> dict[str, Any]:
+    """Write `onnx_out`, the int8 version of `onnx_in`; the same input gives the same bytes. Returns figures and `notes`.
+
+    `calibration`: float32 [rows, ...], what the graph's one input takes. Raises UserError when it is empty, constant, not
+    finite or of the wrong shape (scales are never made up), and when the graph has nothing to quantize.
+    """
+    feed = _feed(read_onnx(onnx_in), calibration)
+    with tempfile.TemporaryDirectory() as folder:
+        ready, raw = Path(folder) / "ready.onnx", Path(folder) / "int8.onnx"
+        # Folds BatchNorm and constants, infers shapes. The symbolic inference needs sympy and changed nothing here.
+        quant_pre_process(onnx_in, ready, skip_symbolic_shape=True)
+        model = _named(ready)
+        plan = make_plan(model.graph, options.quantize_add)
+        if not plan.quantized:
+            raise UserError("compress.quantize: nothing to quantize beside the head: no Conv, MatMul or Gemm with constant weights; remove this step")
+        _quantize(model, raw, feed, calibration, plan, options)
+        write_bytes(onnx_out, onnx.load(raw).SerializeToString(deterministic=True))
+    return _figures(onnx_in, onnx_out, len(calibration), plan)
+
+
+def _feed(model: Any, calibration: NDArray[np.float32]) -> str:
+    """Name of the graph's input, when the calibration rows are fit for it."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in constants]
+    if len(inputs) != 1:
+        raise UserError(f"compress.quantize: calibration rows feed one input, this graph has {len(inputs)}")
+    shape = [dim.dim_value or -1 for dim in inputs[0].type.tensor_type.shape.dim]
+    _check_rows(calibration, shape)
+    return str(inputs[0].name)
+
+
+def _check_rows(calibration: NDArray[np.float32], shape: list[int]) -> None:
+    if not len(calibration):
+        raise UserError("compress.quantize: no calibration rows; set data.calibration_rows to 100 or more")
+    fits = len(shape) == calibration.ndim and all(want in (-1, got) for want, got in zip(shape, calibration.shape, strict=True))
+    if calibration.dtype != np.float32 or not fits:
+        raise UserError(f"compress.quantize: the graph takes float32 {shape}, the calibration rows are {calibration.dtype} {list(calibration.shape)}")
+    if not np.isfinite(calibration).all():
+        raise UserError("compress.quantize: calibration rows hold NaN or infinity, which no scale can cover; clean the data")
+    if calibration.min() == calibration.max():
+        raise UserError("compress.quantize: every calibration value is the same, so no range can be learnt; give real rows")
+
+
+def _named(path: Path) -> Any:
+    """The model with a name on every node, since the plan speaks of nodes by name."""
+    model = onnx.load(path)
+    for index, node in enumerate(model.graph.node):
+        node.name = node.name or f"{node.op_type}_{index}"
+    return model
+
+
+# --- what is quantized ----------------------------------------------------------------------------------------------
+
+
+def make_plan(graph: Any, quantize_add: bool | None) -> Plan:
+    """Choose the nodes. All weighted ones but the head; in a CNN also residual sums and the pool behind a ReLU.
+
+    The head stays in fp32: ORT has no integer kernel that gives floats there, so it would only dequantize weights again
+    (measured: error 1.25 -> 0.77 %, 4 % faster). Without the sums and the pool, every block would go through fp32 and back
+    (measured: 0.55 x the speed of fp32 instead of 1.9 x). In transformers quantizing the sums costs accuracy.
+    """
+    sizes = {tensor.name: prod(tensor.dims) for tensor in graph.initializer}
+    weighted = [node for node in graph.node if node.op_type in WEIGHTED and node.input[1] in sizes]
+    sums = _residual_sums(graph.node, sizes) if _wants_sums(weighted, sizes, quantize_add) else []
+    pools = _pools_behind_relu(graph.node) if sums else []
+    body = weighted[:-1]
+    chosen = [*body, *sums, *pools] if body else []
+    return Plan(tuple(node.name for node in chosen), tuple(node.name for node in weighted[-1:]), len(sums))
+
+
+def _wants_sums(weighted: list[Any], sizes: dict[str, int], quantize_add: bool | None) -> bool:
+    """As asked; else whether this is a CNN: most of its weights are convolutions' (a patch embedding alone is not)."""
+    if quantize_add is not None:
+        return quantize_add
+    convs = sum(sizes[node.input[1]] for node in weighted if node.op_type == "Conv")
+    return 2 * convs > sum(sizes[node.input[1]] for node in weighted)
+
+
+def _residual_sums(nodes: Iterable[Any], sizes: dict[str, int]) -> list[Any]:
+    return [node for node in nodes if node.op_type == "Add" and not any(name in sizes for name in node.input)]
+
+
+def _pools_behind_relu(nodes: Iterable[Any]) -> list[Any]:
+    relus = {node.output[0] for node in nodes if node.op_type == "Relu"}
+    return [node for node in nodes if node.op_type in POOLS and node.input[0] in relus]
+
+
+# --- the library's part -----------------------------------------------------------------------------------------------
+
+
+class _Rows:
+    """Calibration rows as ORT reads them: one dict of arrays after the other, then None."""
+
+    def __init__(self, name: str, rows: NDArray[np.float32]) -> None:
+        self._feeds: Iterator[dict[str, Any]] = ({name: rows[start : start + BATCH]} for start in range(0, len(rows), BATCH))
+
+    def get_next(self) -> dict[str, Any] | None:
+        return next(self._feeds, None)
+
+
+def _quantize(model: Any, out: Path, feed: str, rows: NDArray[np.float32], plan: Plan, options: Quantize) -> None:
+    types = sorted({node.op_type for node in model.graph.node if node.name in plan.quantized})
+    quantize_static(
+        model, out, _Rows(feed, rows), quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=options.reduce_range,
+        weight_type=QuantType.QInt8, activation_type=QuantType.QInt8, calibrate_method=METHODS[options.calibration],
+        op_types_to_quantize=types, nodes_to_quantize=list(plan.quantized),
+        extra_options={
+            # No quantized bias (TensorRT refuses int32 DQ), nothing between a Conv and its ReLU (it would part them).
+            "ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False, "OpTypesToExcludeOutputQuantization": types,
+        },
+    )  # fmt: skip
+
+
+def _figures(onnx_in: Path, onnx_out: Path, rows: int, plan: Plan) -> dict[str, Any]:
+    return {
+        "quantized_nodes": len(plan.quantized), "quantized_adds": plan.adds, "calibration_rows": rows,
+        "onnx_bytes_fp32": onnx_in.stat().st_size, "onnx_bytes_int8": onnx_out.stat().st_size,
+        "notes": [f"kept in fp32: {', '.join(plan.kept)} (the head)"],
+    }  # fmt: skip

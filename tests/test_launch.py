@@ -1,0 +1,217 @@
+"""The spine: a whole run in this process, what it leaves, what it reuses, what it refuses before any work is spent."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from portaisys import artifact, launch, spec
+from portaisys.cli import main
+from portaisys.registry import fetch, open_registry
+from portaisys.spec import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def quiet(stage, text="", fraction=None, state="running"):
+    pass
+
+
+def short(folder, *overrides):
+    """digits, in this process, in seconds."""
+    return spec.load(
+        ROOT / "jobs/specs/digits.yaml",
+        [
+            "train.num_workers=0", "train.epochs=6", "compress.1.distill.epochs=6", "model.channels=[16,32]", "model.blocks=[1,1]",
+            "compress.0.prune.round_to=4", "gate.max_accuracy_drop=0.04", "gate.latency_pairs=40", "train.checkpoint_every_steps=10",
+            "engine.also_build=[]", f"storage.path={folder / 'runs'}", f"storage.cache={folder / 'cache'}", *overrides,
+        ],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("spine")
+    return folder, launch.run(short(folder), quiet)
+
+
+def test_every_stage_leaves_an_artifact_with_parameters_and_macs(finished):
+    _, outcome = finished
+    assert list(outcome.artifacts) == ["train", "prune-1", "distill-2", "export-dense", "export-small", "quantize", "judge", "version"]
+    for name in list(outcome.artifacts)[:6]:
+        assert outcome.artifacts[name].scores["parameters"] > 0
+        assert outcome.artifacts[name].scores["macs"] > 0
+    assert outcome.artifacts["train"].scores["validation_accuracy"] > 0.85
+    assert outcome.artifacts["distill-2"].scores["macs"] <= 0.5 * outcome.artifacts["train"].scores["macs"]
+
+
+def test_the_table_holds_every_candidate_with_its_verdict(finished):
+    _, outcome = finished
+    rows = {row["engine"]: row for row in outcome.rows}
+    assert list(rows) == ["dense torch", "dense fp32", "small fp32", "int8"]
+    assert rows["dense fp32"]["admissible"]
+    assert rows["dense fp32"]["accuracy"] == rows["dense torch"]["accuracy"]
+    for name in ("small fp32", "int8"):
+        assert rows[name]["verdicts"]["accuracy"]["action"] in ("pass", "fail", "inconclusive")
+        assert rows[name]["verdicts"]["latency"]["figures"]["low"] <= rows[name]["verdicts"]["latency"]["figures"]["ratio"]
+    assert all(row["status"] == "executed" for row in rows.values())
+
+
+def test_the_kept_answers_reach_the_same_accuracy(finished):
+    _, outcome = finished
+    with np.load(outcome.artifacts["judge"].file("answers.npz")) as answers:
+        for row in outcome.rows:
+            assert (answers[row["engine"].replace(" ", "_")] == answers["y"]).mean() == pytest.approx(row["accuracy"])
+
+
+def test_the_version_is_published_promoted_and_traceable(finished):
+    folder, outcome = finished
+    options = short(folder)
+    got = fetch("digits@production", options.storage, folder / "replica")
+    about = json.loads((got.path / "version.json").read_text())
+    assert got.version.version == outcome.version.version
+    assert about["lineage"]["reference"] == outcome.artifacts["train"].digest
+    assert about["labels"] == list("0123456789")
+    assert {path.name for path in got.path.glob("*.onnx")} == {f"{precision}.onnx" for precision in about["precisions"]}
+    events = [entry.event for entry in open_registry(options.storage).ledger()]
+    assert events.count("look") == 1
+    assert events[-2:] == ["publish", "promote"]
+
+
+def test_the_report_is_one_page_with_curves_and_verdicts(finished):
+    _, outcome = finished
+    page = outcome.report.read_text()
+    assert page.count("<svg") == 1
+    for text in ("small fp32", "accuracy", "paired rounds", "Bonferroni", outcome.artifacts["train"].digest[:12]):
+        assert text in page
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+
+
+def test_a_second_run_only_reads(finished):
+    folder, outcome = finished
+    again = launch.run(short(folder), quiet)
+    assert again.reused == tuple(outcome.artifacts)
+    assert again.version == outcome.version
+    assert [entry.event for entry in open_registry(short(folder).storage).ledger()].count("look") == 1
+
+
+def test_a_changed_option_runs_only_what_depends_on_it(finished):
+    folder, outcome = finished
+    again = launch.run(short(folder, "compress.2.quantize.calibration=percentile"), quiet)
+    assert set(outcome.artifacts) - set(again.reused) == {"quantize", "judge", "version"}
+
+
+def test_a_damaged_stage_is_told_and_nothing_else_is_touched(finished):
+    folder, _ = finished
+    model = folder / "runs/digits/export-dense/model.onnx"
+    whole = model.read_bytes()
+    model.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=r"model\.onnx differs from its manifest"):
+        launch.run(short(folder), quiet)
+    model.write_bytes(whole)
+
+
+def _hold(folder, ready, done):
+    with artifact.locked(Path(folder)):
+        ready.set()
+        done.wait()
+
+
+def test_two_runs_into_one_folder_at_once_are_refused(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(str(tmp_path / "runs/digits"), ready, done))
+    other.start()
+    assert ready.wait(60)
+    with pytest.raises(UserError, match="another run is writing"):
+        launch.run(short(tmp_path), quiet)
+    done.set()
+    other.join()
+
+
+# --- refused before training ------------------------------------------------------------------------------------
+
+REFUSED = [
+    (["gate.max_accuracy_drop=0.001"], r"gate\.max_accuracy_drop: 0\.001 cannot be decided with 600 test rows"),
+    (["model={name: factory, factory: 'nowhere:Net'}"], r"model\.factory: nowhere:Net does not import"),
+    (["model={name: factory, factory: 'collections:OrderedDict'}"], r"model\.factory: .* not a torch\.nn\.Module"),
+    (["model={name: factory, factory: 'torch.nn:Flatten'}"], r"the data has 10 classes"),
+    (["data={source: fashion_mnist, path: /nowhere}"], r"data\.path: no folder /nowhere"),
+    (["data.test_rows=1790"], r"data\.test_rows"),
+    (["storage.path=s3://bucket/runs"], r"storage\.path"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED, ids=[overrides[0][:40] for overrides, _ in REFUSED])
+def test_what_cannot_end_well_is_refused_before_training(tmp_path, monkeypatch, overrides, message):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    with pytest.raises(UserError, match=message):
+        launch.run(short(tmp_path, *overrides), quiet)
+    assert not list(tmp_path.glob("runs/*/train*"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"train\.use_gpu: torch sees no GPU"):
+        launch.run(short(tmp_path, "train.use_gpu=true"), quiet)
+
+
+def test_a_pruning_target_out_of_reach_keeps_what_was_trained(tmp_path):
+    with pytest.raises(UserError, match=r"compress\.prune: mac_cut 0\.99"):
+        launch.run(short(tmp_path, "train.epochs=1", "compress.0.prune.mac_cut=0.99"), quiet)
+    assert artifact.read(tmp_path / "runs/digits/train", verify=True).kind == "train"
+
+
+def test_an_unfinished_run_of_another_spec_is_not_resumed(tmp_path):
+    work = tmp_path / "runs/digits/train.work"
+
+    class Stop(Exception):
+        pass
+
+    def stop_half_way(stage, text="", fraction=None, state="running"):
+        if stage == "train" and fraction and fraction > 0.5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        launch.run(short(tmp_path), stop_half_way)
+    before = artifact.hash_files(work)
+    with pytest.raises(UserError, match="another spec, data or parent"):
+        launch.run(short(tmp_path, "train.learning_rate=0.05"), quiet)
+    assert artifact.hash_files(work) == before
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+def test_the_command_ends_with_code_2_and_one_line_on_a_users_error(capsys, tmp_path):
+    assert main(["run", str(ROOT / "jobs/specs/digits.yaml"), "train.epoch=3"]) == 2
+    assert capsys.readouterr().err == "error: train.epoch: unknown key; did you mean 'epochs'?\n"
+    assert main(["promote", "digits@1", "--storage", str(tmp_path / "nothing")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_command_shows_versions_ledger_and_rolls_back(finished, capsys):
+    folder, _ = finished
+    storage = ["--storage", str(folder / "runs")]
+    assert main(["versions", "digits", *storage]) == 0
+    assert "production" in capsys.readouterr().out
+    assert main(["promote", "digits@nobody", *storage]) == 2
+    assert "nobody" in capsys.readouterr().err
+    assert main(["promote", "digits@candidate", "--because", "a test", *storage]) == 0
+    assert main(["ledger", *storage]) == 0
+    assert "chain intact" in capsys.readouterr().out
+
+
+def test_every_verb_has_help_with_an_example(capsys):
+    for verb in ("run", "demo", "spec", "versions", "promote", "rollback", "ledger", "serve"):
+        with pytest.raises(SystemExit) as stop:
+            main([verb, "--help"])
+        assert stop.value.code == 0
+        assert f"example:\n  portaisys {verb}" in capsys.readouterr().out
