@@ -25,7 +25,7 @@ from portaisys import artifact
 from portaisys.engine import Options, cache
 from portaisys.serve.app import ServeArgs, _absolute, build_app
 from portaisys.serve.batcher import BatchRecord
-from portaisys.serve.model import Limits, ServedModel, open_reference, open_version
+from portaisys.serve.model import Limits, ServedModel, open_version
 from portaisys.serve.ray_metrics import RayMetrics
 from portaisys.spec import Storage, UserError
 
@@ -77,16 +77,6 @@ def test_a_changed_file_is_not_served(tmp_path: Path) -> None:
     (version.path / "version.json").write_text((version.path / "version.json").read_text().replace("digit 1", "digit 7"))
     with pytest.raises(UserError, match=r"version\.json differs from its manifest"):
         opened(version, tmp_path)
-
-
-def test_the_registry_gone_the_local_copy_is_opened(tmp_path: Path) -> None:
-    storage = storage_in(tmp_path)
-    publish(make_version(tmp_path / "v", storage.cache_dir), storage)
-    asyncio.run(open_reference("digits@production", storage, Limits()).close())
-    shutil.rmtree(storage.path)
-    model = open_reference("digits@production", storage, Limits())
-    assert (model.name, model.version) == ("digits", "1")
-    asyncio.run(model.close())
 
 
 def test_what_ran_is_counted_in_batches_and_samples(tmp_path: Path) -> None:
@@ -171,7 +161,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.delenv("RAY_ADDRESS", raising=False)
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         try:
             port = free_port()
             serve.start(http_options={"host": "127.0.0.1", "port": port})

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import boto3
 import pytest
 
 from portaisys import artifact, store
@@ -71,6 +72,11 @@ def there(rclone, tmp_path, monkeypatch):
     return folder / "bucket" / tmp_path.name
 
 
+def put(there, name, data):
+    """Write an object as somebody else with access to the bucket would."""
+    boto3.client("s3").put_object(Bucket="bucket", Key=f"{there.name}/{name}", Body=data)
+
+
 def test_a_pushed_artifact_comes_back_the_same(there, tmp_path):
     files = {"model.onnx": os.urandom(12 << 20), "sub/golden.npz": b"golden", "empty": b""}
     made = artifact.read(make(tmp_path / "here", files))
@@ -96,13 +102,13 @@ def test_an_unfinished_folder_is_not_pushed(there, tmp_path):
 def test_a_push_that_is_killed_leaves_no_artifact_not_even_the_old_one(there, tmp_path):
     uri, remote = f"s3://bucket/{there.name}/runs/demo", there / "runs" / "demo"
     store.push(make(tmp_path / "old", {"000": b"old"}), uri)
-    make(tmp_path / "new", {f"{number:03}": b"new" for number in range(800)})
+    make(tmp_path / "new", {f"{number:03}": b"new" for number in range(200)})
     code = f"from pathlib import Path; from portaisys import store; store.push(Path({str(tmp_path / 'new')!r}), {uri!r})"
     process = subprocess.Popen([sys.executable, "-c", code])
     until(lambda: (remote / "005").exists(), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (remote / "799").exists(), "the push was over before it was killed"
+    assert not (remote / "199").exists(), "the push was over before it was killed"
     assert store.pull(uri, tmp_path / "back") is False
     store.push(tmp_path / "new", uri)
     assert store.pull(uri, tmp_path / "back") is True
@@ -111,7 +117,7 @@ def test_a_push_that_is_killed_leaves_no_artifact_not_even_the_old_one(there, tm
 def test_what_differs_from_its_manifest_is_refused_and_replaces_nothing(there, tmp_path):
     store.push(make(tmp_path / "here", {"model.onnx": b"model"}), f"s3://bucket/{there.name}/demo")
     make(tmp_path / "back", {"model.onnx": b"older"})
-    (there / "demo" / "model.onnx").write_bytes(b"malicious")
+    put(there, "demo/model.onnx", b"malicious")
     with pytest.raises(UserError, match=r"^s3://.*/demo: model\.onnx differs from its manifest"):
         store.pull(f"s3://bucket/{there.name}/demo", tmp_path / "back")
     assert (tmp_path / "back" / "model.onnx").read_bytes() == b"older"
@@ -127,9 +133,9 @@ def test_a_newer_artifact_replaces_the_local_one(there, tmp_path):
 @pytest.mark.parametrize("name", ["../outside", "/tmp/portaisys-outside", "sub/../../outside", ""])
 def test_a_manifest_cannot_name_files_outside_the_artifact(there, tmp_path, name):
     store.push(make(tmp_path / "here", {"a": b"a"}), f"s3://bucket/{there.name}/deep/demo")
-    (there / "deep" / "outside").write_bytes(b"a")
-    manifest = there / "deep" / "demo" / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "files": {name: "0" * 64}}))
+    put(there, "deep/outside", b"a")
+    manifest = json.loads((tmp_path / "here" / "manifest.json").read_text())
+    put(there, "deep/demo/manifest.json", json.dumps({**manifest, "files": {name: "0" * 64}}).encode())
     with pytest.raises(UserError, match=r"does not lie inside the artifact"):
         store.pull(f"s3://bucket/{there.name}/deep/demo", tmp_path / "back")
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
@@ -137,7 +143,7 @@ def test_a_manifest_cannot_name_files_outside_the_artifact(there, tmp_path, name
 
 def test_a_damaged_manifest_is_refused(there, tmp_path):
     store.push(make(tmp_path / "here", {"a": b"a"}), f"s3://bucket/{there.name}/demo")
-    (there / "demo" / "manifest.json").write_text("{")
+    put(there, "demo/manifest.json", b"{")
     with pytest.raises(UserError, match=r"^s3://.*/demo/manifest\.json: damaged"):
         store.pull(f"s3://bucket/{there.name}/demo", tmp_path / "back")
 
@@ -147,10 +153,11 @@ def test_bad_credentials_are_refused_by_every_verb_with_the_reason(there, tmp_pa
     store.push(tmp_path / "here", f"s3://bucket/{there.name}/demo")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "WRONG")
     for verb in (
-        lambda: store.push(tmp_path / "here", f"s3://bucket/{there.name}/demo"), lambda: store.pull(f"s3://bucket/{there.name}/demo", tmp_path / "back"),
+        lambda: store.push(tmp_path / "here", f"s3://bucket/{there.name}/demo"),
+        lambda: store.pull(f"s3://bucket/{there.name}/demo", tmp_path / "back"),
         lambda: store.reachable(f"s3://bucket/{there.name}/demo"),
-    ):  # fmt: skip
-        with pytest.raises(UserError, match=r"^storage\.path: s3://.*/demo cannot be used: .*SignatureDoesNotMatch.*AWS_SECRET_ACCESS_KEY$") as refused:
+    ):
+        with pytest.raises(UserError, match=r"^storage\.path: s3://.*/demo cannot be used: .*SignatureDoesNotMatch.*_KEY$") as refused:
             verb()
         assert "WRONG" not in str(refused.value)
 

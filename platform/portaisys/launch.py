@@ -184,7 +184,8 @@ def _publish(options: Spec, artifacts: Mapping[str, Artifact], registry: Registr
 def _train(options: Spec, fit: Fit, tell: Callable[..., None]) -> Path:
     """Carry out a Fit where `train.num_workers` says; returns the folder with the weights."""
     if options.train.num_workers == 0:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        # From the spec and not from the machine: the number of threads decides in which order sums are rounded.
+        torch.set_num_threads(options.train.cpus_per_worker)
         carry_out(fit, Place(device=device(options)), partial(_log, fit, tell))
     else:
         with on_ray(options.train.num_workers * options.train.cpus_per_worker), _watching(Path(fit.log), tell):

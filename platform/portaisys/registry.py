@@ -123,7 +123,7 @@ class Fetched:
 def open_registry(storage: Storage, *, create: bool = True) -> Registry:
     """The server of MLFLOW_TRACKING_URI, else sqlite in `<storage.path>/mlflow.db` with files in `<storage.path>/mlartifacts`.
 
-    Raises UserError when `storage.path` cannot hold a database, UnreachableError when it does not open (or, without `create`, is not there).
+    Raises UserError when `storage.path` cannot hold a database, UnreachableError when it does not open or, without `create`, is not there.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if uri:
@@ -147,7 +147,7 @@ def _open_local(root: Path, create: bool) -> Registry:
         artifacts.mkdir(mode=0o700, exist_ok=True)
         os.close(os.open(database, os.O_CREAT | os.O_RDWR, 0o600))
     except OSError as error:
-        raise UnreachableError(f"storage.path: {root} cannot hold a registry: {error.strerror}; choose a folder that can be written") from error
+        raise UnreachableError(f"storage.path: {root} cannot hold a registry: {error.strerror}; choose another folder") from error
     registry = Registry(f"sqlite:///{database}", artifacts.as_uri(), root / ".registry.lock")
     with registry.alone(), registry.asking("opening it"):  # two processes must not create the tables at once
         registry.client.search_registered_models(max_results=1)
@@ -218,15 +218,15 @@ class Registry:
         """Turn what MLflow raises into RefusedError or UnreachableError."""
         try:
             yield
-        except (UserError, AssertionError):
+        except (UserError, AssertionError, AttributeError, NameError, TypeError):  # the last four are bugs, and no registry that is down
             raise
-        except Exception as error:
-            # Broad for a reason: MLflow lets through whatever its clients raise (requests, SQLAlchemy, boto, its own).
+        except Exception as error:  # broad for a reason: MLflow lets through whatever its clients raise (requests, SQLAlchemy, boto)
             code = str(getattr(error, "error_code", ""))
             cause = _cause(error)
+            where = f"registry {_no_password(self.uri)}"
             if code in _ANSWERS:
-                raise RefusedError(f"registry {_no_password(self.uri)}: {what}: {cause}", code) from error
-            raise UnreachableError(f"registry {_no_password(self.uri)}: not reachable while {what}: {cause}; check MLFLOW_TRACKING_URI and the server") from error
+                raise RefusedError(f"{where}: {what}: {cause}", code) from error
+            raise UnreachableError(f"{where}: not reachable while {what}: {cause}; check MLFLOW_TRACKING_URI and the server") from error
 
     # --- runs
 
@@ -251,7 +251,8 @@ class Registry:
             found = self.client.get_experiment_by_name(name)
             if found is None:
                 with _unless("RESOURCE_ALREADY_EXISTS", self, "creating an experiment"):
-                    return str(self.client.create_experiment(name, artifact_location=f"{self.artifacts}/{name}" if self.artifacts else None))
+                    place = f"{self.artifacts}/{name}" if self.artifacts else None
+                    return str(self.client.create_experiment(name, artifact_location=place))
                 found = self.client.get_experiment_by_name(name)
         if found.lifecycle_stage != "active":
             raise UserError(f"registry: experiment {name!r} was deleted; restore it (`mlflow experiments restore`) or choose another name")
@@ -283,7 +284,7 @@ class Registry:
             "because": _text(verdict.get("because", "")), **{f"lineage.{key}": value for key, value in lineage.items()},
         }  # fmt: skip
         with self.alone(), self.asking(f"publishing {name}"):
-            version = self._of_digest(name, found.digest)
+            version = self.of_digest(name, found.digest)
             version = self._judge_again(version, tags) if version else self._create(name, folder, run_id, tags)
             if CANDIDATE not in version.aliases:
                 self.client.set_registered_model_alias(name, CANDIDATE, str(version.version))
@@ -295,12 +296,13 @@ class Registry:
         self.client.log_artifacts(run_id, str(folder), artifact_path=_inside_run(tags["digest"]))
         source = f"{self.client.get_run(run_id).info.artifact_uri}/{_inside_run(tags['digest'])}"
         made = self.client.create_model_version(name, source, run_id=run_id, tags=dict(tags), await_creation_for=None)
-        version = self._of_digest(name, tags["digest"])
+        version = self.of_digest(name, tags["digest"])
         assert version is not None
         if version.version != int(made.version):  # another host published the same artifact at the same time: the lower number stands
             self.client.delete_model_version(name, str(made.version))
         else:
-            self._record("publish", name, version.version, tags["because"], {"digest": version.digest, "run_id": run_id, "verdict": version.verdict})
+            details = {"digest": version.digest, "run_id": run_id, "verdict": version.verdict}
+            self._record("publish", name, version.version, version.because, details)
         return version
 
     def _judge_again(self, version: Version, tags: Mapping[str, str]) -> Version:
@@ -308,7 +310,8 @@ class Registry:
             return version
         for key in ("verdict", "because"):
             self.client.set_model_version_tag(version.name, str(version.version), key, tags[key])
-        self._record("publish", version.name, version.version, tags["because"], {"digest": version.digest, "verdict": tags["verdict"], "was": version.verdict})
+        details = {"digest": version.digest, "verdict": tags["verdict"], "was": version.verdict}
+        self._record("publish", version.name, version.version, tags["because"], details)
         return version
 
     def promote(self, name: str, version: int, because: str = "") -> Version:
@@ -316,7 +319,8 @@ class Registry:
         with self.alone():
             chosen = self.resolve(f"{name}@{version}")
             if chosen.verdict != "pass":
-                raise UserError(f"{chosen}: cannot be promoted, its verdict is {chosen.verdict!r} ({chosen.because}); publish one that passes the gate")
+                verdict = f"its verdict is {chosen.verdict!r} ({chosen.because})"
+                raise UserError(f"{chosen}: cannot be promoted, {verdict}; publish one that passes the gate")
             if PRODUCTION in chosen.aliases:
                 return chosen
             return self._put_in_production("promote", chosen, because)
@@ -327,7 +331,7 @@ class Registry:
             now = self._aliases(_checked(name, "name")).get(PRODUCTION)
             before = _before(self.ledger(name), now)
             if before is None:
-                raise UserError(f"{name}: no version was in production before {now or 'now'}; promote one: portaisys promote {name}@VERSION")
+                raise UserError(f"{name}: no version was in production before {now or 'now'}; promote the one you want")
             return self._put_in_production("rollback", self.resolve(f"{name}@{before}"), because)
 
     def _put_in_production(self, event: str, version: Version, because: str) -> Version:
@@ -360,10 +364,21 @@ class Registry:
         return sorted(model.name for model in found if model.name != LEDGER)
 
     def versions(self, name: str) -> list[Version]:
-        """Every version of `name`, oldest first."""
+        """Every version of `name`, oldest first. Raises UserError for an unknown name."""
+        aliases = self._aliases(_checked(name, "name"))
         with self.asking(f"listing {name}"):
-            found = _pages(self.client.search_model_versions, filter_string=f"name = '{_checked(name, 'name')}'")
+            found = _pages(self.client.search_model_versions, filter_string=f"name = '{name}'")
+        for item in found:  # MLflow's search leaves them out
+            item.aliases = [alias for alias, number in aliases.items() if number == int(item.version)]
         return sorted((_version(item) for item in found if "digest" in item.tags), key=lambda version: version.version)
+
+    def of_digest(self, name: str, digest: str) -> Version | None:
+        """The version of `name` that holds this artifact, or None."""
+        if not _DIGEST.fullmatch(digest):
+            raise UserError(f"digest {_short(digest)}: write the 64 hex digits of a SHA-256")
+        with self.asking(f"looking for an artifact of {name}"):
+            found = self.client.search_model_versions(f"name = '{_checked(name, 'name')}' and tags.digest = '{digest}'")
+        return self._get(name, min(int(item.version) for item in found)) if found else None
 
     def _aliases(self, name: str) -> dict[str, int]:
         try:
@@ -377,10 +392,6 @@ class Registry:
     def _get(self, name: str, number: int) -> Version:
         with self.asking(f"reading {name}@{number}"):
             return _version(self.client.get_model_version(name, str(number)))
-
-    def _of_digest(self, name: str, digest: str) -> Version | None:
-        found = self.client.search_model_versions(f"name = '{name}' and tags.digest = '{digest}'")
-        return min((_version(item) for item in found), key=lambda version: version.version, default=None)
 
     def download(self, version: Version, folder: Path) -> Path:
         """Bring a version's files below `folder`; returns where, checked. Raises UserError when one differs from what was published."""
@@ -415,7 +426,11 @@ class Registry:
             new = [digest for digest in dict.fromkeys(candidates) if digest not in seen]
             reused = [digest for digest in dict.fromkeys(candidates) if digest in seen]
             self._record("look", test_digest, None, "", {"candidates": new, "reused": reused})
-            return len(_looked(self.ledger(test_digest)))
+            return self.looks(test_digest)
+
+    def looks(self, test_digest: str) -> int:
+        """How many distinct candidates were ever scored on a test split."""
+        return len(_looked(self.ledger(test_digest)))
 
     def _record(self, event: str, name: str, version: int | None, because: str, details: Mapping[str, Any]) -> None:
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

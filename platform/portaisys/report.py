@@ -15,7 +15,8 @@ from portaisys import artifact, metrics
 from portaisys.artifact import Artifact
 from portaisys.spec import Spec, to_yaml
 
-COLUMNS = ("engine", "backend", "precision", "status", "accuracy", "parameters", "MACs", "size", "p50 ms", "p99 ms", "verdict")
+COLUMNS = ("engine", "backend", "status", "accuracy", "params", "MACs", "KiB", "p50 ms", "p99 ms", "verdict")
+NUMBERS = range(3, 9)
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
@@ -28,8 +29,8 @@ td.n{text-align:right;font-variant-numeric:tabular-nums}tr.best{background:#eaf6
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """One line of the closing table as text, in the order of COLUMNS; the terminal shows the same."""
     return (
-        row["engine"], row["backend"], row["precision"], row["status"], _percent(row["accuracy"]), f"{row['parameters']:,}",
-        f"{row['macs'] / 1e6:,.2f} M", f"{row['size_bytes'] / 1024:,.0f} KiB", _ms(row["latency_ms_p50"]), _ms(row["latency_ms_p99"]), verdict(row),
+        row["engine"], row["backend"], row["status"], _percent(row["accuracy"]), f"{row['parameters'] / 1e3:,.0f}k",
+        f"{row['macs'] / 1e6:,.2f}M", f"{row['size_bytes'] / 1024:,.0f}", _ms(row["latency_ms_p50"]), _ms(row["latency_ms_p99"]), verdict(row),
     )  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def _table(rows: Sequence[Mapping[str, Any]], best: str) -> str:
     head = "".join(f"<th>{name}</th>" for name in COLUMNS)
     body = []
     for row in rows:
-        kinds = ["n" if 4 <= index <= 9 else "t" for index in range(len(COLUMNS))]
+        kinds = ["n" if index in NUMBERS else "t" for index in range(len(COLUMNS))]
         texts = [f"<td class='{kind}'>{html.escape(text)}</td>" for kind, text in zip(kinds, cells(row), strict=True)]
         chosen = row["engine"] == best and row["status"] == "executed" and row["admissible"]
         body.append(f"<tr class='{'best' if chosen else ''}'>{''.join(texts)}</tr>")

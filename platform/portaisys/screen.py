@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from portaisys import report
 
-console = Console()
+# Without a terminal (a log, a pipe) the width is unknown and lines may be long.
+console = Console() if sys.stdout.isatty() else Console(width=120)
 
 
 class Screen:
@@ -60,9 +63,9 @@ def closing_table(outcome: Any) -> None:
 
 def candidates_table(rows: Sequence[Mapping[str, Any]], best: str) -> Table:
     """One line an engine; the served one is marked."""
-    table = Table(title="Candidates: accuracy on the test split, latency at batch 1")
+    table = Table(title="Candidates: accuracy on the test split, latency at batch 1", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for index, name in enumerate(report.COLUMNS):
-        table.add_column(name, justify="right" if 4 <= index <= 9 else "left", no_wrap=index < 10)
+        table.add_column(name, justify="right" if index in report.NUMBERS else "left", no_wrap=index < 9)
     for row in rows:
         chosen = row["engine"] == best and row["admissible"]
         table.add_row(*report.cells(row), style="green" if chosen else None)

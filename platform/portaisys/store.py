@@ -82,7 +82,9 @@ def _client() -> Any:
     # The newer default sends checksums as trailers, which some of S3's work-alikes do not take. Nothing is lost: every file is
     # checked against the manifest after it came back.
     checksums = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
-    return boto3.client("s3", config=Config(connect_timeout=5, read_timeout=60, retries={"total_max_attempts": 3}, **checksums))
+    config = Config(connect_timeout=5, read_timeout=60, retries={"total_max_attempts": 3}, **checksums)
+    # A session of its own: boto3's default one keeps the first credentials it saw for as long as the process lives.
+    return boto3.session.Session().client("s3", config=config)
 
 
 @contextlib.contextmanager
