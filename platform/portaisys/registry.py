@@ -195,7 +195,6 @@ class Registry:
 
     def __init__(self, uri: str, artifacts: str, lock: Path) -> None:
         self.uri, self.artifacts = uri, artifacts
-        lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = FileLock(lock, timeout=_LOCK_S)
         self._read: dict[int, _Row] = {}
         with self.asking("opening it"):
@@ -204,10 +203,14 @@ class Registry:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Hold the registry against other writers (of this storage; with a server: of this host). May be nested."""
+        lock = Path(self._lock.lock_file)
         try:
+            lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock.acquire()
         except Timeout:
-            raise UserError(f"registry: {self._lock.lock_file} was held for {_LOCK_S:.0f} s; end the process that holds it") from None
+            raise UserError(f"registry: {lock} was held for {_LOCK_S:.0f} s; end the process that holds it") from None
+        except OSError as error:
+            raise UnreachableError(f"registry: {lock} cannot be written ({error.strerror}); make its folder writable") from error
         try:
             yield
         finally:

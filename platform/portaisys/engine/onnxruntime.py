@@ -54,13 +54,13 @@ def build(onnx: Path, options: Options, out: Path) -> list[str]:
         write_bytes(out, model.SerializeToString(deterministic=True))
     else:
         write_bytes(out, onnx.read_bytes())
-    _session(out, options)
+    _session(out, options, onnx)
     return notes
 
 
 def load(built: Path, options: Options) -> CpuEngine:
     """Open a built file. Raises UserError when ORT refuses it."""
-    return CpuEngine(_session(built, options), options.precision)
+    return CpuEngine(_session(built, options, built), options.precision)
 
 
 class CpuEngine:
@@ -85,7 +85,7 @@ class CpuEngine:
         self._session = None
 
 
-def _session(path: Path, options: Options) -> Any:
+def _session(path: Path, options: Options, blame: Path) -> Any:
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads, settings.inter_op_num_threads = options.threads, 1
     settings.log_severity_level = 3
@@ -98,7 +98,7 @@ def _session(path: Path, options: Options) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # ORT's errors share no base class but Exception
-        raise UserError(f"{path}: ONNX Runtime cannot open it: {str(error).strip()}") from error
+        raise UserError(f"{blame}: ONNX Runtime cannot open it: {str(error).strip()}") from error
 
 
 def _tensor(node: Any) -> Tensor:

@@ -1,0 +1,369 @@
+"""Engines: what they build and answer, what they refuse and why. TensorRT-RTX really builds, without a GPU."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto
+from onnx.reference import ReferenceEvaluator
+from onnx_graphs import Graph, cnn, rows
+
+from portaisys import models, spec
+from portaisys.compress.quantize import quantize
+from portaisys.engine import BACKENDS, CannotExecute, Options, Tensor, backend, check_feeds
+from portaisys.engine import onnxruntime as cpu
+from portaisys.engine import tensorrt as gpu
+from portaisys.export import export
+from portaisys.spec import BACKEND_PRECISIONS, Quantize, UserError
+
+FP32, INT8 = Options("fp32"), Options("int8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("onnx")
+
+
+@pytest.fixture(scope="module")
+def fp32(folder):
+    return cnn(folder / "cnn.onnx")
+
+
+@pytest.fixture(scope="module")
+def int8(fp32):
+    path = fp32.with_name("cnn_int8.onnx")
+    quantize(fp32, path, rows(100), Quantize())
+    return path
+
+
+@pytest.fixture(scope="module")
+def transformer(folder):
+    """A real export: attention, layer norm, GELU."""
+    torch.manual_seed(0)
+    model = models.build(spec.Transformer(name="transformer", dim=32, depth=1, heads=2), (1, 12, 12), 10, 0.0, 1.0)
+    export(model, rows(64), spec.Export(max_batch=16), folder / "transformer.onnx")
+    return folder / "transformer.onnx"
+
+
+def plain(path, x):
+    """Answers of ORT as it comes, of the signed file as it is."""
+    return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+
+
+def answer(path, options, x, out):
+    cpu.build(path, options, out)
+    engine = cpu.load(out, options)
+    return engine.run({"x": x})[engine.outputs[0].name]
+
+
+def relative(expected, actual):
+    return np.abs(expected - actual).mean() / np.abs(expected).mean()
+
+
+# --- the interface --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(BACKENDS))
+def test_every_backend_offers_the_whole_interface(name):
+    module = backend(name)
+    assert BACKEND_PRECISIONS[name] == module.PRECISIONS
+    assert all(callable(getattr(module, verb)) for verb in ("version", "device", "build", "load"))
+    assert module.version()
+    assert module.device()
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match="engine.backend: 'openvion' is not one of onnxruntime, tensorrt"):
+        backend("openvion")
+
+
+def test_engines_need_neither_torch_nor_the_offline_half():
+    code = (
+        "import sys; from portaisys.engine import cache, onnxruntime, tensorrt; tensorrt.version(); tensorrt.device(); "
+        "print(sorted(m for m in sys.modules if m in ('torch', 'ray') or m.split('.')[:2] in (['portaisys', p] for p in ('data', 'models', 'compress'))))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_tensorrt_is_imported_nowhere_else():
+    root = Path(cpu.__file__).parents[1]
+    assert [path.name for path in root.rglob("*.py") if "tensorrt_rtx\"" in path.read_text()] == ["tensorrt.py"]
+
+
+# --- ONNX Runtime ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_the_fp32_engine_answers_as_the_reference_does(fp32, tmp_path, batch):
+    x = rows(batch, seed=3)
+    expected = ReferenceEvaluator(str(fp32)).run(None, {"x": x})[0]
+    np.testing.assert_allclose(answer(fp32, FP32, x, tmp_path / "engine"), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_an_fp32_engine_is_the_file_itself(fp32, tmp_path):
+    assert cpu.build(fp32, FP32, tmp_path / "engine") == []
+    assert (tmp_path / "engine").read_bytes() == fp32.read_bytes()
+
+
+def test_an_engine_says_what_it_takes_and_gives(fp32):
+    engine = cpu.load(fp32, FP32)
+    assert engine.inputs == (Tensor("x", "float32", (-1, 1, 12, 12)),)
+    assert [(tensor.dtype, tensor.shape) for tensor in engine.outputs] == [("float32", (-1, 10))]
+    assert (engine.backend, engine.precision, engine.device) == ("onnxruntime", "fp32", cpu.device())
+
+
+def test_an_engine_runs_from_another_thread(fp32):
+    engine, answers = cpu.load(fp32, FP32), []
+    thread = threading.Thread(target=lambda: answers.append(engine.run({"x": rows(2)})))
+    thread.start()
+    thread.join()
+    np.testing.assert_array_equal(*answers[0].values(), *engine.run({"x": rows(2)}).values())
+
+
+def test_the_unsigned_int8_engine_answers_as_the_signed_file_does(int8, tmp_path):
+    # Rows within the calibrated range: beyond it unsigned keeps what signed clips.
+    x = rows(100)
+    assert relative(plain(int8, x), answer(int8, INT8, x, tmp_path / "engine")) < 2e-3
+
+
+def test_the_int8_engine_answers_the_same_alone_and_in_a_batch(int8, tmp_path):
+    cpu.build(int8, INT8, tmp_path / "engine")
+    engine, x = cpu.load(tmp_path / "engine", INT8), rows(9, seed=4)
+    alone = np.concatenate([next(iter(engine.run({"x": x[i : i + 1]}).values())) for i in range(9)])
+    np.testing.assert_allclose(next(iter(engine.run({"x": x}).values())), alone, atol=1e-6)
+
+
+def test_no_signed_activation_is_left_and_the_artifact_is_untouched(int8, tmp_path):
+    before = int8.read_bytes()
+    graph = onnx.load(int8).graph
+    count = sum(node.op_type == "QuantizeLinear" for node in graph.node)
+    assert cpu.make_unsigned(graph) == count
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    assert {types[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"} == {TensorProto.UINT8}
+    weights = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in types]
+    assert weights
+    assert {types[node.input[2]] for node in weights} == {TensorProto.INT8}
+    assert int8.read_bytes() == before
+
+
+def test_what_a_relu_feeds_begins_at_zero_and_the_rest_at_128(int8):
+    graph = onnx.load(int8).graph
+    cpu.make_unsigned(graph)
+    made_by = {name: node.op_type for node in graph.node for name in node.output}
+    found = {(made_by.get(node.input[0], "input"), node.input[2]) for node in graph.node if node.op_type == "QuantizeLinear"}
+    assert found == {("Relu", "portaisys.uint8_0"), ("input", "portaisys.uint8_128"), ("Conv", "portaisys.uint8_128")}
+
+
+def test_full_range_weights_do_not_overflow_on_a_cpu_without_vnni(folder, tmp_path):
+    # Measured without the session switch on such a CPU: several times the error of the signed file.
+    wide = cnn(folder / "wide.onnx", width=64)
+    quantize(wide, folder / "wide_int8.onnx", rows(100), Quantize(reduce_range=False))
+    x = rows(100)
+    exact = plain(wide, x)
+    signed, engine = plain(folder / "wide_int8.onnx", x), answer(folder / "wide_int8.onnx", INT8, x, tmp_path / "engine")
+    assert relative(exact, engine) < 1.2 * relative(exact, signed)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("fpu avx2 avx512f avx512bw avx512_vnni amx_int8", "cpu-amx_int8"),
+        ("fpu avx2 avx512f avx512bw avx512_vnni", "cpu-avx512_vnni"),
+        ("fpu avx2 avx_vnni", "cpu-avx2_vnni"),
+        ("fpu avx2 avx512f avx512bw", "cpu-avx512"),
+        ("fpu avx avx2", "cpu-avx2"),
+    ],
+)
+def test_the_device_class_is_what_decides_the_integer_kernels(tmp_path, flags, expected):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    assert cpu.device(tmp_path / "cpuinfo") == expected
+
+
+def test_without_cpuinfo_the_device_is_the_architecture(tmp_path):
+    assert cpu.device(tmp_path / "none").startswith("cpu-")
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(BACKENDS))
+def test_int8_of_a_file_that_was_never_quantized_is_refused(fp32, tmp_path, name):
+    with pytest.raises(UserError, match="'int8' was asked for, but .* holds no QuantizeLinear"):
+        backend(name).build(fp32, INT8, tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.parametrize("name", sorted(BACKENDS))
+def test_a_quantized_file_is_not_passed_off_as_fp32(int8, tmp_path, name):
+    with pytest.raises(UserError, match="'fp32' was asked for, but .* is quantized"):
+        backend(name).build(int8, FP32, tmp_path / "engine")
+
+
+@pytest.mark.parametrize("name", sorted(BACKENDS))
+@pytest.mark.parametrize("part", [0, 10, 0.3, 0.9])
+def test_a_truncated_file_is_named(fp32, tmp_path, name, part):
+    data = fp32.read_bytes()
+    (tmp_path / "half.onnx").write_bytes(data[: part if isinstance(part, int) else int(part * len(data))])
+    with pytest.raises(UserError, match=r"half\.onnx: not an ONNX file, or a damaged one"):
+        backend(name).build(tmp_path / "half.onnx", FP32, tmp_path / "engine")
+
+
+@pytest.mark.parametrize("name", sorted(BACKENDS))
+def test_a_missing_file_is_named(tmp_path, name):
+    with pytest.raises(UserError, match=r"none\.onnx: cannot be read \(No such file"):
+        backend(name).build(tmp_path / "none.onnx", FP32, tmp_path / "engine")
+
+
+def test_a_built_file_that_is_damaged_is_named(tmp_path):
+    (tmp_path / "engine").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="engine: ONNX Runtime cannot open it"):
+        cpu.load(tmp_path / "engine", FP32)
+
+
+@pytest.mark.parametrize("name", sorted(BACKENDS))
+def test_weights_in_another_file_are_refused(fp32, tmp_path, name):
+    onnx.save(onnx.load(fp32), tmp_path / "split.onnx", save_as_external_data=True, location="weights.bin", size_threshold=100)
+    with pytest.raises(UserError, match="weights are in another file"):
+        backend(name).build(tmp_path / "split.onnx", FP32, tmp_path / "engine")
+
+
+@pytest.mark.parametrize(
+    ("feeds", "reason"),
+    [
+        ({}, "takes x; got nothing"),
+        ({"y": np.zeros((1, 2), np.float32)}, "takes x; got y"),
+        ({"x": np.zeros((1, 2))}, r"x must be float32 of shape \[-1, 2\]; it is float64 of \[1, 2\]"),
+        ({"x": np.zeros((1, 3), np.float32)}, r"it is float32 of \[1, 3\]"),
+        ({"x": np.zeros(2, np.float32)}, r"it is float32 of \[2\]"),
+        ({"x": np.zeros((0, 2), np.float32)}, "at least one; they have"),
+    ],
+)
+def test_feeds_that_do_not_fit_are_refused(feeds, reason):
+    with pytest.raises(UserError, match=reason):
+        check_feeds((Tensor("x", "float32", (-1, 2)),), feeds)
+
+
+def test_inputs_of_different_lengths_are_refused():
+    inputs = (Tensor("a", "float32", (-1,)), Tensor("b", "float32", (-1,)))
+    with pytest.raises(UserError, match=r"same number of rows, at least one; they have \[2, 3\]"):
+        check_feeds(inputs, {"a": np.zeros(2, np.float32), "b": np.zeros(3, np.float32)})
+
+
+# --- TensorRT -------------------------------------------------------------------------------------------------------
+
+
+def test_without_tensorrt_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(UserError, match=r"pip install 'portaisys\[tensorrt-rtx\]'"):
+        gpu.version()
+
+
+def test_every_tensorrt_name_we_use_exists_in_the_installed_binding():
+    trt = importlib.import_module("tensorrt_rtx")
+    names = {ast.unparse(node).removeprefix("trt.") for node in ast.walk(ast.parse(Path(gpu.__file__).read_text())) if _is_trt(node)}
+    assert {"Builder", "OnnxParser", "Runtime", "ILogger.ERROR", "TensorIOMode.INPUT"} <= names
+    for name in sorted(names):
+        found = trt
+        for part in name.split("."):
+            assert hasattr(found, part), f"trt.{name}"
+            found = getattr(found, part)
+    assert hasattr(trt.ComputeCapability, gpu.DEFAULT_TARGET)
+
+
+def _is_trt(node):
+    while isinstance(node, ast.Attribute):
+        if isinstance(node.value, ast.Name) and node.value.id == "trt":
+            return True
+        node = node.value
+    return False
+
+
+METHODS = {
+    "Builder": "create_network create_builder_config create_optimization_profile build_serialized_network",
+    "INetworkDefinition": "num_inputs get_input",
+    "IBuilderConfig": "add_optimization_profile num_compute_capabilities set_compute_capability",
+    "IOptimizationProfile": "set_shape",
+    "OnnxParser": "parse_from_file num_errors get_error",
+    "ParserError": "node_operator node_name desc",
+    "Runtime": "deserialize_cuda_engine",
+    "ICudaEngine": "create_execution_context get_tensor_name num_io_tensors get_tensor_mode get_tensor_dtype get_tensor_shape",
+    "IExecutionContext": "set_input_shape set_tensor_address execute_async_v3",
+}
+
+
+@pytest.mark.parametrize("kind", sorted(METHODS))
+def test_every_tensorrt_method_we_call_exists_in_the_installed_binding(kind):
+    trt, source = importlib.import_module("tensorrt_rtx"), Path(gpu.__file__).read_text()
+    for method in METHODS[kind].split():
+        assert f".{method}" in source
+        assert hasattr(getattr(trt, kind), method), method
+
+
+@pytest.mark.parametrize("what", ["fp32", "int8"])
+def test_rtx_builds_a_cnn(request, tmp_path, what):
+    notes = gpu.build(request.getfixturevalue(what), Options(what), tmp_path / "plan")
+    assert (tmp_path / "plan").stat().st_size > 10_000
+    if gpu.device() == "none":
+        assert notes == ["no GPU here: built for SM89, as proof that tensorrt_rtx takes this graph"]
+
+
+@pytest.mark.parametrize("what", ["fp32", "int8"])
+def test_rtx_builds_a_transformer(transformer, tmp_path, what):
+    path = transformer
+    if what == "int8":
+        path = tmp_path / "int8.onnx"
+        assert quantize(transformer, path, rows(40), Quantize())["quantized_nodes"] >= 6
+        x = rows(40)
+        assert relative(plain(transformer, x), answer(path, INT8, x, tmp_path / "engine")) < 0.05
+    gpu.build(path, Options(what, opt_batch=4, max_batch=16), tmp_path / "plan")
+    assert (tmp_path / "plan").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(gpu.device() != "none", reason="this machine has a GPU")
+def test_without_a_driver_a_plan_is_built_and_not_run(fp32, tmp_path):
+    gpu.build(fp32, FP32, tmp_path / "plan")
+    with pytest.raises(CannotExecute, match="built but not run: this machine has no NVIDIA driver"):
+        gpu.load(tmp_path / "plan", FP32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", ["fp32", "int8"])
+def test_tensorrt_answers_as_onnx_runtime_does(request, tmp_path, what):
+    path = request.getfixturevalue(what)
+    gpu.build(path, Options(what), tmp_path / "plan")
+    engine = gpu.load(tmp_path / "plan", Options(what))
+    for batch in (1, 2, 8, 64):
+        x = rows(batch, seed=batch)
+        assert relative(plain(path, x), engine.run({"x": x})[engine.outputs[0].name]) < (1e-3 if what == "fp32" else 0.05)
+    with pytest.raises(UserError, match="65 rows, but this engine was built for at most 64"):
+        engine.run({"x": rows(65)})
+    engine.close()
+
+
+def test_the_parser_says_what_it_refuses(tmp_path):
+    graph = Graph()
+    path = graph.save(tmp_path / "odd.onnx", graph.op("Unheard", "x"), ["batch", 10])
+    model = onnx.load(path)
+    model.opset_import.extend([onnx.helper.make_opsetid("test.odd", 1)])
+    model.graph.node[0].domain = "test.odd"
+    onnx.save(model, path)
+    with pytest.raises(UserError, match=r"odd\.onnx: TensorRT's parser refuses it: Unheard Unheard_0"):
+        gpu.build(path, FP32, tmp_path / "plan")
+    with pytest.raises(UserError, match=r"odd\.onnx: ONNX Runtime cannot open it"):
+        cpu.build(path, FP32, tmp_path / "engine")
+
+
+def test_a_fixed_batch_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"input x has shape \[4, 1, 12, 12\]; the batch \(dimension 0\), and only it, must be free"):
+        gpu.build(cnn(tmp_path / "fixed.onnx", batch=4), FP32, tmp_path / "plan")

@@ -1,0 +1,239 @@
+"""The engine cache: one build a key, nothing stale, nothing foreign, nothing damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from onnx_graphs import cnn, rows
+
+from portaisys import artifact, engine
+from portaisys.engine import CannotExecute, Options, cache
+from portaisys.engine import onnxruntime as cpu
+from portaisys.engine.cache import get_or_build, load
+from portaisys.spec import UserError
+
+FP32 = Options("fp32")
+
+
+@pytest.fixture
+def source(tmp_path):
+    return cnn(tmp_path / "cnn.onnx")
+
+
+@pytest.fixture
+def build(source, tmp_path):
+    return lambda options=FP32, onnx=source, backend="onnxruntime": get_or_build(onnx, backend, options, tmp_path / "cache")
+
+
+def test_the_second_time_the_engine_is_there(build):
+    first, second = build(), build()
+    assert (first.reused, second.reused) == (False, True)
+    assert (first.path, first.key, first.sha256, first.build_s) == (second.path, second.key, second.sha256, second.build_s)
+    assert (first.backend, first.precision, first.device, first.notes) == ("onnxruntime", "fp32", cpu.device(), ())
+
+
+def test_the_cached_engine_answers(build, source):
+    build()
+    loaded, direct = load(build(), FP32), cpu.load(source, FP32)
+    np.testing.assert_array_equal(*loaded.run({"x": rows(3)}).values(), *direct.run({"x": rows(3)}).values())
+
+
+def test_notes_of_the_build_are_told_again_when_it_is_reused(build):
+    first = build(backend="tensorrt")
+    assert first.notes == build(backend="tensorrt").notes
+    if first.device == "none":
+        assert "no GPU here" in first.notes[0]
+        with pytest.raises(CannotExecute):
+            load(first, FP32)
+
+
+def test_a_model_changed_by_one_weight_is_built_anew(build, source):
+    first = build()
+    model = onnx.load(source)
+    weights = numpy_helper.to_array(model.graph.initializer[0]).copy()
+    weights.flat[0] = np.nextafter(weights.flat[0], np.float32(9))
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weights, model.graph.initializer[0].name))
+    onnx.save(model, source)
+    second = build()
+    assert not second.reused
+    assert second.key != first.key
+    assert first.path.exists()
+
+
+def test_every_option_that_decides_the_file_is_in_the_key_and_the_threads_are_not(build):
+    keys = {build(options).key for options in (FP32, Options(opt_batch=4), Options(max_batch=32))}
+    assert len(keys) == 3
+    assert build(Options(threads=2)).reused
+
+
+@pytest.mark.parametrize("name", ["version", "device"])
+def test_another_library_or_device_is_another_key(build, monkeypatch, name):
+    first = build()
+    monkeypatch.setattr(cpu, name, lambda: "other")
+    assert build().key != first.key
+
+
+# --- what must never be loaded ------------------------------------------------------------------------------------
+
+
+def test_a_damaged_engine_is_built_again_and_noted(build):
+    first = build()
+    first.path.write_bytes(first.path.read_bytes()[:-1] + b"?")
+    second = build()
+    assert not second.reused
+    assert second.sha256 == first.sha256 == artifact.hash_file(second.path)
+    assert "the cached engine was not used, and built again: " in second.notes[0]
+    assert "engine differs from its manifest" in second.notes[0]
+    assert build().notes == ()
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}"])
+def test_an_engine_without_sound_metadata_is_built_again(build, content):
+    manifest = build().path.with_name("manifest.json")
+    manifest.unlink() if content is None else manifest.write_text(content)
+    second = build()
+    assert not second.reused
+    assert "built again" in second.notes[0]
+
+
+def test_an_entry_put_under_another_key_is_not_used(build, source, tmp_path):
+    mine, foreign = build(), build(onnx=cnn(tmp_path / "other.onnx", seed=5))
+    for path in foreign.path.parent.iterdir():
+        mine.path.with_name(path.name).write_bytes(path.read_bytes())
+    again = build()
+    assert not again.reused
+    assert again.sha256 == mine.sha256
+    assert "holds an entry of another key" in again.notes[0]
+
+
+def test_an_entry_that_names_another_hash_than_its_bytes_is_not_used(build):
+    first = build()
+    manifest = first.path.with_name("manifest.json")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"files": {"engine": "0" * 64}}))
+    assert not build().reused
+
+
+def test_a_file_that_changed_after_it_was_found_is_not_loaded(build):
+    built = build()
+    built.path.write_bytes(b"something else")
+    with pytest.raises(UserError, match="is not the file that was built"):
+        load(built, FP32)
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_backend_is_refused(build):
+    with pytest.raises(UserError, match=r"engine\.backend: 'tvm' is not one of onnxruntime, tensorrt"):
+        build(backend="tvm")
+
+
+def test_a_precision_the_backend_lacks_is_refused(build):
+    with pytest.raises(UserError, match=r"engine\.precisions: 'fp8' is not one of fp32, int8, which backend 'tensorrt' has"):
+        build(Options("fp8"), backend="tensorrt")
+
+
+def test_a_missing_library_leaves_no_entry(build, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(UserError, match=r"portaisys\[tensorrt-rtx\]"):
+        build(backend="tensorrt")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_failed_build_leaves_no_entry(build, source, tmp_path):
+    source.write_bytes(source.read_bytes()[:5000])
+    with pytest.raises(UserError, match="not an ONNX file, or a damaged one"):
+        build()
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_a_missing_onnx_file_is_named(build, tmp_path):
+    with pytest.raises(UserError, match=r"none\.onnx: cannot be read"):
+        build(onnx=tmp_path / "none.onnx")
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(build, tmp_path):
+    (tmp_path / "cache").write_text("a file in its place")
+    with pytest.raises(UserError, match=r"storage\.cache: .*cache cannot be written"):
+        build()
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+CODE = """
+import sys, time
+from pathlib import Path
+from portaisys.engine import Options, tensorrt
+from portaisys.engine.cache import get_or_build
+here, number = Path(sys.argv[1]), sys.argv[2]
+slow = tensorrt.build
+tensorrt.build = lambda *given: (time.sleep(float(sys.argv[3])), slow(*given))[1]
+(here / f"ready{number}").touch()
+while not (here / "go").exists():
+    time.sleep(0.005)
+print(get_or_build(here / "cnn.onnx", "tensorrt", Options(), here / "cache").reused)
+"""
+
+
+def _asks(folder, number, build_s):
+    return subprocess.Popen([sys.executable, "-c", CODE, str(folder), str(number), str(build_s)], stdout=subprocess.PIPE, text=True)
+
+
+def _wait(path):
+    deadline = time.monotonic() + 60
+    while not list(path.parent.glob(path.name)):
+        assert time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.01)
+
+
+def test_four_processes_that_ask_at_once_make_one_build(source, tmp_path):
+    asking = [_asks(tmp_path, number, 0.5) for number in range(4)]
+    for number in range(4):
+        _wait(tmp_path / f"ready{number}")
+    (tmp_path / "go").touch()
+    answers = [process.communicate(timeout=60)[0].strip() for process in asking]
+    assert [process.returncode for process in asking] == [0] * 4
+    assert sorted(answers) == ["False", "True", "True", "True"]
+
+
+def test_a_killed_builder_frees_the_way_and_leaves_no_rubbish(source, tmp_path):
+    (tmp_path / "go").touch()
+    builder = _asks(tmp_path, 0, 60)
+    _wait(tmp_path / "cache" / ".*")  # its draft
+    os.kill(builder.pid, signal.SIGKILL)
+    builder.wait()
+    built = get_or_build(source, "tensorrt", FP32, tmp_path / "cache")
+    assert not built.reused
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {built.key, f"{built.key}.lock"}
+
+
+def test_a_builder_that_hangs_is_not_waited_for_for_ever(build, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "WAIT_S", 0.2)
+    (tmp_path / "go").touch()
+    builder = _asks(tmp_path, 0, 60)
+    try:
+        _wait(tmp_path / "cache" / ".*")
+        with pytest.raises(UserError, match=r"another process has been building this engine for 0\.2 s"):
+            build(backend="tensorrt")
+    finally:
+        builder.kill()
+        builder.wait()
+
+
+def test_the_key_covers_the_code_that_builds(build, monkeypatch, tmp_path):
+    first = build()
+    changed = tmp_path / "onnxruntime.py"
+    changed.write_text(Path(cpu.__file__).read_text() + "# changed\n")
+    monkeypatch.setattr(engine.backend("onnxruntime"), "__file__", str(changed))
+    assert build().key != first.key
