@@ -83,7 +83,7 @@ def test_every_backend_offers_the_whole_interface(name):
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="engine.backend: 'openvion' is not one of onnxruntime, tensorrt"):
+    with pytest.raises(UserError, match=r"engine\.backend: 'openvion' is not one of onnxruntime, tensorrt"):
         backend("openvion")
 
 
@@ -198,14 +198,14 @@ def test_without_cpuinfo_the_device_is_the_architecture(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(BACKENDS))
 def test_int8_of_a_file_that_was_never_quantized_is_refused(fp32, tmp_path, name):
-    with pytest.raises(UserError, match="'int8' was asked for, but .* holds no QuantizeLinear"):
+    with pytest.raises(UserError, match=r"'int8' was asked for, but .* holds no QuantizeLinear"):
         backend(name).build(fp32, INT8, tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
 
 
 @pytest.mark.parametrize("name", sorted(BACKENDS))
 def test_a_quantized_file_is_not_passed_off_as_fp32(int8, tmp_path, name):
-    with pytest.raises(UserError, match="'fp32' was asked for, but .* is quantized"):
+    with pytest.raises(UserError, match=r"'fp32' was asked for, but .* is quantized"):
         backend(name).build(int8, FP32, tmp_path / "engine")
 
 

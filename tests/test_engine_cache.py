@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,6 +115,16 @@ def test_an_entry_put_under_another_key_is_not_used(build, source, tmp_path):
     assert not again.reused
     assert again.sha256 == mine.sha256
     assert "holds an entry of another key" in again.notes[0]
+
+
+def test_a_file_in_the_place_of_an_entry_is_replaced(build):
+    first = build()
+    shutil.rmtree(first.path.parent)
+    first.path.parent.write_text("no entry")
+    second = build()
+    assert not second.reused
+    assert second.path == first.path
+    assert build().reused
 
 
 def test_an_entry_that_names_another_hash_than_its_bytes_is_not_used(build):

@@ -28,7 +28,7 @@ def run(options: Spec) -> None:
         with launch.on_ray(cpus):
             outcome = launch.run(options, tell)
             tell("serve", "starting Ray Serve")
-            arguments = ServeArgs(model=str(outcome.version), storage=options.storage, max_queue=options.serve.max_queue)
+            arguments = ServeArgs(model=str(outcome.version), storage=options.storage, **options.serve.model_dump(exclude={"port"}))
             with serving(arguments, port=options.serve.port) as url:
                 tell("serve", f"{REQUESTS} requests to {url}")
                 served = _ask(url, options)

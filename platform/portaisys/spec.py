@@ -290,10 +290,10 @@ class Search(Section):
 
 
 class Serve(Section):
-    """How a published version is served."""
+    """How a published version is served. `max_batch`: None is what the version was verified up to."""
 
     port: int = Field(8000, ge=1, le=65535)
-    max_batch: int = Field(32, ge=1)
+    max_batch: int | None = Field(None, ge=1)
     max_delay_ms: float = Field(0.0, ge=0)
     max_queue: int = Field(1024, ge=1)
     num_replicas: int = Field(1, ge=1)
@@ -342,10 +342,12 @@ class Spec(Section):
         return {**tree, **filled}
 
     @model_validator(mode="after")
-    def _steps_in_order(self) -> Spec:
+    def _sections_agree(self) -> Spec:
         kinds = [step.kind for step in self.compress]
         if "quantize" in kinds[:-1]:
             raise ValueError("compress: quantize works on the exported file, so it must be the last step, and stand once")
+        if self.serve.max_batch and self.serve.max_batch > self.export.max_batch:
+            raise ValueError(f"serve.max_batch: {self.serve.max_batch} exceeds export.max_batch {self.export.max_batch}, up to which engines are verified")
         if self.engine.precisions and "int8" in self.engine.precisions and "quantize" not in kinds:
             raise ValueError("engine.precisions: 'int8' needs a quantize step; add '- quantize: {}' to compress")
         return self

@@ -84,16 +84,12 @@ def _alone(cache_dir: Path, key: str) -> Iterator[None]:
     """Hold this key for this process: one builds, the others wait and find. The lock dies with its process."""
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(cache_dir / f"{key}.lock", timeout=WAIT_S)
-        lock.acquire()
+        with FileLock(cache_dir / f"{key}.lock", timeout=WAIT_S):
+            yield
     except Timeout:
         raise UserError(f"{cache_dir}: another process has been building this engine for {WAIT_S:g} s; end it and try again") from None
     except OSError as error:
-        raise UserError(f"storage.cache: {cache_dir} cannot be written ({error.strerror}); name a folder that can") from None
-    try:
-        yield
-    finally:
-        lock.release()
+        raise UserError(f"storage.cache: {cache_dir} cannot be written ({error.strerror}); name a folder that can") from error
 
 
 def _find(entry: Path, key: str) -> tuple[Artifact | None, tuple[str, ...]]:
@@ -103,7 +99,7 @@ def _find(entry: Path, key: str) -> tuple[Artifact | None, tuple[str, ...]]:
     try:
         found = artifact.read(entry, verify=True)
         found.file(FILE)
-    except UserError as error:
+    except (UserError, OSError) as error:
         return None, (f"the cached engine was not used, and built again: {error}",)
     if found.key != key:
         return None, (f"the cached engine was not used, and built again: {entry} holds an entry of another key",)

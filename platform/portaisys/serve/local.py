@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 
@@ -20,6 +21,7 @@ def serving(args: ServeArgs, *, host: str = "127.0.0.1", port: int = 8000) -> It
 
     Raises UserError when the application does not come up; the message is the replica's own.
     """
+    _check_free(host, port)
     own = not ray.is_initialized()
     if own:
         ray.init(address="local", num_cpus=max(1, round(args.num_replicas * args.num_cpus)) + 1, include_dashboard=False, log_to_driver=False)
@@ -34,6 +36,15 @@ def serving(args: ServeArgs, *, host: str = "127.0.0.1", port: int = 8000) -> It
             serve.shutdown()
         if own:
             ray.shutdown()
+
+
+def _check_free(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(f"serve.port: cannot listen on {host}:{port} ({error.strerror}); choose another (serve.port=8001)") from None
 
 
 def _last_line(error: BaseException) -> str:

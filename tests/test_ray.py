@@ -1,0 +1,76 @@
+"""Training under Ray Train: real workers, DDP over gloo, and what happens when one is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from portaisys import launch, spec
+from portaisys.spec import UserError
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.cluster
+
+
+def short(folder, *overrides):
+    return spec.load(
+        ROOT / "jobs/specs/digits.yaml",
+        [
+            "train.epochs=4", "model.channels=[8,16]", "model.blocks=[1,1]", "compress=[]", "train.checkpoint_every_steps=4", "gate.latency_pairs=20",
+            "engine.also_build=[]", f"storage.path={folder / 'runs'}", f"storage.cache={folder / 'cache'}", *overrides,
+        ],
+    )  # fmt: skip
+
+
+def workers():
+    """Processes of Ray Train workers below this one: Ray names them after their actor class."""
+    return [child for child in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(child.cmdline())]
+
+
+class KillOne:
+    """A `Tell` that kills a worker, once, when training is some steps old."""
+
+    def __init__(self):
+        self.killed = 0
+
+    def __call__(self, stage, text="", fraction=None, state="running"):
+        if stage == "train" and fraction and fraction >= 0.25 and not self.killed:
+            victim = workers()[-1]
+            os.kill(victim.pid, signal.SIGKILL)
+            self.killed = victim.pid
+
+
+def quiet(stage, text="", fraction=None, state="running"):
+    pass
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with launch.on_ray(2):
+        yield
+
+
+def test_a_run_whose_worker_was_killed_ends_as_an_undisturbed_one(cluster, tmp_path):
+    whole = launch.run(short(tmp_path / "whole"), quiet)
+    kill = KillOne()
+    cut = launch.run(short(tmp_path / "cut", "train.epochs=4"), kill)
+    assert kill.killed
+    assert cut.artifacts["train"].digest == whole.artifacts["train"].digest
+    assert cut.artifacts["export-dense"].digest == whole.artifacts["export-dense"].digest
+    # With nothing to compress the dense engine is what is published.
+    assert cut.artifacts["version"].scores["admitted"] == ["dense fp32"]
+
+
+def test_a_users_error_in_a_worker_reaches_the_user(cluster, tmp_path):
+    with pytest.raises(UserError, match=r"lower train\.learning_rate"):
+        launch.run(short(tmp_path, "train.learning_rate=1e20", "train.clip_norm=null", "train.max_failures=0"), quiet)
+
+
+def test_more_workers_than_the_cluster_has_are_refused_with_what_is_there(cluster, tmp_path):
+    with pytest.raises(UserError, match=r"train\.num_workers: 16 workers need 16 CPUs and the cluster has 3"):
+        launch.run(short(tmp_path, "train.num_workers=16"), quiet)
