@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -137,17 +138,17 @@ def test_two_runs_into_one_folder_at_once_are_refused(tmp_path):
 # --- refused before training ------------------------------------------------------------------------------------
 
 REFUSED = [
+    pytest.param(["engine.backend=tensorrt"], r"engine\.backend: tensorrt cannot run on this machine", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="GPU")),
     (["gate.max_accuracy_drop=0.001"], r"gate\.max_accuracy_drop: 0\.001 cannot be decided with 600 test rows"),
     (["model={name: factory, factory: 'nowhere:Net'}"], r"model\.factory: nowhere:Net does not import"),
     (["model={name: factory, factory: 'collections:OrderedDict'}"], r"model\.factory: .* not a torch\.nn\.Module"),
     (["model={name: factory, factory: 'torch.nn:Flatten'}"], r"the data has 10 classes"),
     (["data={source: fashion_mnist, path: /nowhere}"], r"data\.path: no folder /nowhere"),
     (["data.test_rows=1790"], r"data\.test_rows"),
-    (["storage.path=s3://bucket/runs"], r"storage\.path"),
-]
+    ]
 
 
-@pytest.mark.parametrize(("overrides", "message"), REFUSED, ids=[overrides[0][:40] for overrides, _ in REFUSED])
+@pytest.mark.parametrize(("overrides", "message"), REFUSED)
 def test_what_cannot_end_well_is_refused_before_training(tmp_path, monkeypatch, overrides, message):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
@@ -185,6 +186,26 @@ def test_an_unfinished_run_of_another_spec_is_not_resumed(tmp_path):
     with pytest.raises(UserError, match="another spec, data or parent"):
         launch.run(short(tmp_path, "train.learning_rate=0.05"), quiet)
     assert artifact.hash_files(work) == before
+
+
+# --- storage beyond this machine ----------------------------------------------------------------------------------
+
+
+def test_a_run_on_s3_is_found_again_by_a_machine_that_has_nothing(there, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)  # where MLflow puts a sqlite server's artifacts
+    changes = ["train.epochs=1", "compress=[]", f"storage.path=s3://bucket/{there.name}"]
+    first = launch.run(short(tmp_path, *changes), quiet)
+    assert (there / "digits/train/manifest.json").exists()
+    shutil.rmtree(tmp_path / "cache")
+    again = launch.run(short(tmp_path, *changes), quiet)
+    assert set(again.reused) == set(first.artifacts)
+    assert again.version == first.version
+
+
+def test_s3_without_a_registry_server_is_refused_with_what_to_use(there, tmp_path):
+    with pytest.raises(UserError, match=r"mlflow server .* MLFLOW_TRACKING_URI"):
+        launch.run(short(tmp_path, f"storage.path=s3://bucket/{there.name}"), quiet)
 
 
 # --- the command ------------------------------------------------------------------------------------------------

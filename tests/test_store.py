@@ -2,16 +2,14 @@
 
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import boto3
 import pytest
+from conftest import free_port, until
 
 from portaisys import artifact, store
 from portaisys.spec import UserError
@@ -25,56 +23,17 @@ def make(folder, files):
     return folder
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
-
-
-def until(condition, process):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def answers(port):
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-    except OSError:
-        return False
-    return True
-
-
-@pytest.fixture(scope="module")
-def rclone(tmp_path_factory):
-    folder, port = tmp_path_factory.mktemp("s3"), free_port()
-    (folder / "bucket").mkdir()
-    binary = shutil.which("rclone", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    process = subprocess.Popen(
-        [binary, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", "KEY,SECRET", "--config", "/dev/null", str(folder)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    until(lambda: answers(port), process)
-    yield folder, port
-    process.kill()
-    process.wait()
-
-
-@pytest.fixture
-def there(rclone, tmp_path, monkeypatch):
-    """This test's folder of the bucket, on the server's disk; this process is set up to reach it."""
-    folder, port = rclone
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "KEY", "AWS_SECRET_ACCESS_KEY": "SECRET",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    return folder / "bucket" / tmp_path.name
-
-
 def put(there, name, data):
     """Write an object as somebody else with access to the bucket would."""
     boto3.client("s3").put_object(Bucket="bucket", Key=f"{there.name}/{name}", Body=data)
+
+
+def test_a_single_file_goes_and_comes_back(there, tmp_path):
+    (tmp_path / "checkpoint").write_bytes(b"state")
+    assert not store.fetch_file(f"s3://bucket/{there.name}/checkpoint", tmp_path / "back")
+    store.send_file(tmp_path / "checkpoint", f"s3://bucket/{there.name}/checkpoint")
+    assert store.fetch_file(f"s3://bucket/{there.name}/checkpoint", tmp_path / "new" / "back")
+    assert (tmp_path / "new" / "back").read_bytes() == b"state"
 
 
 def test_a_pushed_artifact_comes_back_the_same(there, tmp_path):

@@ -74,7 +74,7 @@ def writing(folder: Path, *, kind: str, key: str, parents: Mapping[str, str], sp
             "seconds": round(time.monotonic() - started, 3), "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }  # fmt: skip
         write_text(draft.path / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
-        _replace(draft.path, folder)
+        replace(draft.path, folder)
     finally:
         shutil.rmtree(draft.path, ignore_errors=True)
 
@@ -157,7 +157,8 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _replace(draft: Path, folder: Path) -> None:
+def replace(draft: Path, folder: Path) -> None:
+    """Put a whole folder in the place of another; both on one file system."""
     for path in draft.rglob("*"):
         if path.is_file():
             with path.open("rb") as stream:

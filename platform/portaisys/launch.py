@@ -120,6 +120,11 @@ def preflight(options: Spec, splits: Splits, registry: Registry) -> None:
     """Refuse, before any work is spent, what cannot end well. Raises UserError."""
     for name in (options.engine.backend, *options.engine.also_build):
         backend(name).version()
+    if backend(options.engine.backend).device() == "none":
+        raise UserError(
+            f"engine.backend: {options.engine.backend} cannot run on this machine, which has no GPU, so it could not be judged; "
+            f"set engine.backend=onnxruntime, and engine.also_build=[{options.engine.backend}] to build it all the same"
+        )
     if options.storage.remote:
         store.reachable(options.storage.path)
     torch.manual_seed(options.seed)
@@ -234,7 +239,13 @@ def _watching(log: Path, tell: Callable[..., None]) -> Iterator[None]:
 
 
 # Ray Train reports at most once per health check: at its default of 2 s a short epoch would wait for it.
-_RAY_ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}
+_RAY_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+    # Ray writes its own files through pyarrow, whose checksum trailers some of S3's work-alikes answer with 411.
+    "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+}
 
 
 @contextlib.contextmanager

@@ -637,7 +637,7 @@ def _copy(registry: Registry, version: Version, cache_dir: Path) -> Fetched:
         if _is_good_copy(folder, version):
             return Fetched(version, folder, True, "")
         with tempfile.TemporaryDirectory(prefix=f".{version.digest}.", dir=folder.parent) as draft:
-            artifact._replace(registry.download(version, Path(draft)), folder)
+            artifact.replace(registry.download(version, Path(draft)), folder)
     return Fetched(version, folder, False, "")
 
 

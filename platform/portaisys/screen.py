@@ -53,8 +53,10 @@ def closing_table(outcome: Any) -> None:
     if outcome.reused:
         console.print(f"Finished before and reused: {', '.join(outcome.reused)}", soft_wrap=True)
     cached = [f"{row['engine']} ({row['backend']})" for row in outcome.rows if row["reused"]]
-    if cached or "judge" in outcome.reused:
-        console.print(f"Engines from the cache: {', '.join(cached) or 'all (judged before)'}", soft_wrap=True)
+    if "judge" in outcome.reused:
+        console.print("Engines: judged before; serving takes them from the cache")
+    elif cached:
+        console.print(f"Engines from the cache: {', '.join(cached)}", soft_wrap=True)
     places = Table(box=None, show_header=False)
     for name, place in (("version", outcome.version), ("report", outcome.report), ("artifacts", outcome.folder)):
         places.add_row(f"[bold]{name}", str(place))

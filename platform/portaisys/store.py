@@ -52,7 +52,27 @@ def pull(uri: str, folder: Path) -> bool:
                 (draft / name).parent.mkdir(parents=True, exist_ok=True)
                 s3.download_file(bucket, f"{prefix}/{name}", str(draft / name))
             _check(draft, uri)
-            artifact._replace(draft, folder)
+            artifact.replace(draft, folder)
+    return True
+
+
+def send_file(source: Path, uri: str) -> None:
+    """Upload one file that is no artifact yet (a checkpoint). An object appears whole or not at all."""
+    bucket, key = _split(uri)
+    with _asking(uri) as s3:
+        s3.upload_file(str(source), bucket, key)
+
+
+def fetch_file(uri: str, target: Path) -> bool:
+    """Download one file, whole or not at all; False when there is none."""
+    bucket, key = _split(uri)
+    with _asking(uri) as s3:
+        try:
+            content = s3.get_object(Bucket=bucket, Key=key)["Body"].read()
+        except s3.exceptions.NoSuchKey:
+            return False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    artifact.write_bytes(target, content)
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import socket
 import threading
@@ -13,6 +14,8 @@ from ray import serve
 
 from portaisys.serve.app import ServeArgs, build_app
 from portaisys.spec import UserError
+
+APPLICATION = "portaisys"
 
 
 @contextlib.contextmanager
@@ -27,13 +30,15 @@ def serving(args: ServeArgs, *, host: str = "127.0.0.1", port: int = 8000) -> It
         ray.init(address="local", num_cpus=max(1, round(args.num_replicas * args.num_cpus)) + 1, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": host, "port": port})
-        serve.run(build_app(args), name="portaisys", route_prefix="/")
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # serve.start has just set it to INFO
+        serve.run(build_app(args), name=APPLICATION, route_prefix="/")
         yield f"http://{host}:{port}"
     except RuntimeError as error:
         raise UserError(f"serve: the application did not start: {_last_line(error)}") from error
     finally:
+        # Our application alone: serve.shutdown() would end every other one of a cluster that was there before.
         with contextlib.suppress(Exception):  # half-started: there may be no controller to ask
-            serve.shutdown()
+            serve.delete(APPLICATION)
         if own:
             ray.shutdown()
 

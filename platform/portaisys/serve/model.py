@@ -100,11 +100,11 @@ def open_reference(reference: str, storage: Storage, limits: Limits, observe: Ca
     Raises UserError for an unknown reference, a damaged copy, or when no admitted precision holds here.
     """
     fetched = registry.fetch(reference, storage, storage.cache_dir)
-    if fetched.note:
-        logger.warning("%s", fetched.note)
     number = str(fetched.version.version)
     engines = storage.cache_dir / "engines"
-    return open_version(fetched.path, number, engines, limits, observe, name=fetched.version.name, digest=fetched.version.digest)
+    version = fetched.version
+    traced = {"run": version.run_id, "registry": fetched.note or "asked"}
+    return open_version(fetched.path, number, engines, limits, observe, name=version.name, digest=version.digest, traced=traced)
 
 
 def open_version(
@@ -116,6 +116,7 @@ def open_version(
     *,
     name: str | None = None,
     digest: str | None = None,
+    traced: Mapping[str, str] | None = None,
 ) -> ServedModel:
     """Open a version's folder, engines cached in `cache_dir`; every file is hashed again. Blocks until the engine is warm. Raises UserError."""
     started = time.monotonic()
@@ -127,7 +128,7 @@ def open_version(
     name, stats = name or about["name"], Stats()
     observers = _both(stats.add, observe)
     batcher = Batcher(engine.run, max_batch=max_batch, max_queue=limits.max_queue, max_delay_ms=limits.max_delay_ms, observe=observers)
-    lineage = _lineage(found, about, number, {**asdict(limits), **_serving(engine), "max_batch": max_batch, "fallbacks": fallbacks})
+    lineage = _lineage(found, about, number, {**asdict(limits), **_serving(engine), "max_batch": max_batch, "fallbacks": fallbacks}) | dict(traced or {})
     logger.info("%s@%s: %s ready after %.2f s", name, number, engine.precision, time.monotonic() - started)
     return ServedModel(name, number, engine, batcher, tuple(about["labels"]), lineage, fallbacks, stats)
 
