@@ -42,6 +42,32 @@ def test_a_target_out_of_reach_names_the_best_there_is():
         prune(convnet(), SHAPE, spec.Prune(mac_cut=0.999), 10)
 
 
+class Odd(nn.Module):
+    """Its logits come from a layer that pruning does not know as the head: the definition order hides it."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(32, 10)
+        self.body = nn.Linear(64, 32)
+        self.decoy = nn.Linear(32, 10)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.body(x.flatten(1)))) + 0 * self.decoy(torch.relu(self.body(x.flatten(1))))[:, :1]
+
+
+def test_a_convolution_that_gives_the_logits_is_not_pruned():
+    net = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 10, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = models.Classifier(net, torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
+    prune(model, SHAPE, spec.Prune(mac_cut=0.4, round_to=2), 10)
+    assert model(torch.zeros(2, *SHAPE)).shape == (2, 10)
+
+
+def test_pruning_that_would_break_the_output_is_refused():
+    model = models.Classifier(Odd(), torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
+    with pytest.raises(UserError, match=r"compress\.prune: .*"):
+        prune(model, SHAPE, spec.Prune(mac_cut=0.5, round_to=1), 10)
+
+
 def test_pruning_the_same_weights_gives_the_same_model():
     first, second = convnet(), convnet()
     for model in (first, second):

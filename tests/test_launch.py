@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,25 @@ def test_a_changed_option_runs_only_what_depends_on_it(finished):
     assert set(outcome.artifacts) - set(again.reused) == {"quantize", "judge", "version"}
 
 
+def test_a_changed_gate_makes_a_new_version_though_every_answer_is_the_same(finished):
+    folder, outcome = finished
+    again = launch.run(short(folder, "gate.max_accuracy_drop=0.039"), quiet)
+    assert set(outcome.artifacts) - set(again.reused) == {"judge", "version"}
+    assert again.version.version > outcome.version.version
+    assert again.rows[2]["verdicts"]["accuracy"]["figures"]["margin"] == 0.039
+
+
+def test_a_run_that_only_reads_does_not_undo_a_rollback(finished, capsys):
+    folder, outcome = finished
+    changed = short(folder, "gate.max_accuracy_drop=0.039")
+    launch.run(changed, quiet)
+    assert main(["rollback", "digits", "--because", "a test", "--storage", str(folder / "runs")]) == 0
+    back = open_registry(changed.storage).resolve("digits@production")
+    launch.run(changed, quiet)
+    assert open_registry(changed.storage).resolve("digits@production") == back
+    assert "in production again" in capsys.readouterr().out
+
+
 def test_a_damaged_stage_is_told_and_nothing_else_is_touched(finished):
     folder, _ = finished
     model = folder / "runs/digits/export-dense/model.onnx"
@@ -145,6 +165,8 @@ REFUSED = [
     (["model={name: factory, factory: 'torch.nn:Flatten'}"], r"the data has 10 classes"),
     (["data={source: fashion_mnist, path: /nowhere}"], r"data\.path: no folder /nowhere"),
     (["data.test_rows=1790"], r"data\.test_rows"),
+    (["data={source: npz, path: FLAT, test_rows: 150}", "gate.max_accuracy_drop=0.2", "model={name: factory, factory: 'torch.nn:Flatten'}"], r"train\.augment: 'shift' moves pictures"),
+    (["storage.path=FILE"], r"storage\.path: .* cannot be written"),
     ]
 
 
@@ -153,6 +175,9 @@ def test_what_cannot_end_well_is_refused_before_training(tmp_path, monkeypatch, 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    np.savez(tmp_path / "flat.npz", x=np.random.default_rng(0).normal(size=(700, 7)), y=np.arange(700) % 10)
+    (tmp_path / "file").touch()
+    overrides = [text.replace("FLAT", str(tmp_path / "flat.npz")).replace("FILE", str(tmp_path / "file")) for text in overrides]
     with pytest.raises(UserError, match=message):
         launch.run(short(tmp_path, *overrides), quiet)
     assert not list(tmp_path.glob("runs/*/train*"))
@@ -168,6 +193,20 @@ def test_a_pruning_target_out_of_reach_keeps_what_was_trained(tmp_path):
     with pytest.raises(UserError, match=r"compress\.prune: mac_cut 0\.99"):
         launch.run(short(tmp_path, "train.epochs=1", "compress.0.prune.mac_cut=0.99"), quiet)
     assert artifact.read(tmp_path / "runs/digits/train", verify=True).kind == "train"
+
+
+def test_a_run_without_candidates_publishes_the_dense_engine_and_its_look_is_counted(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.{}(), nn.Linear(32, 10))\n"
+    (tmp_path / "own_net.py").write_text(code.format("ReLU"))
+    options = short(tmp_path, "compress=[]", "model={name: factory, factory: 'own_net:net'}", "train.epochs=1", "train.learning_rate=0.01")
+    first = launch.run(options, quiet)
+    assert first.artifacts["version"].scores["admitted"] == ["dense fp32"]
+    assert open_registry(options.storage).looks(first.version.lineage["test"]) == 1
+    # The same spec, but the code behind its factory has changed: nothing of the old model may be reused.
+    (tmp_path / "own_net.py").write_text(code.format("GELU"))
+    sys.modules.pop("own_net")
+    assert "train" not in launch.run(options, quiet).reused
 
 
 def test_an_unfinished_run_of_another_spec_is_not_resumed(tmp_path):

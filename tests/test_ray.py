@@ -49,6 +49,22 @@ def quiet(stage, text="", fraction=None, state="running"):
     pass
 
 
+def test_several_nodes_need_shared_storage_and_a_registry_server(tmp_path, monkeypatch):
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        nodes.add_node(num_cpus=1)
+        monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+        with pytest.raises(UserError, match=r"storage\.path: .* is a folder of this machine and the cluster has 2 nodes; use s3://bucket"):
+            launch.run(short(tmp_path), quiet)
+        with pytest.raises(UserError, match=r"the registry is a sqlite file .* MLFLOW_TRACKING_URI"):
+            launch.run(short(tmp_path, "storage.shared=true"), quiet)
+    finally:
+        nodes.shutdown()
+
+
 @pytest.fixture(scope="module")
 def cluster():
     with launch.on_ray(2):

@@ -47,6 +47,6 @@ def test_the_blocks_of_the_readme_run(checkout):
     assert (checkout / "runs/digits/report.html").exists()
     again = run("make demo", checkout)
     assert "Finished before and reused: train" in again
-    assert "Engines: judged before; serving takes them from the cache" in again
+    assert "Engines: judged before, not built again" in again
     for block in others:
         run(block, checkout)

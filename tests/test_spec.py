@@ -31,6 +31,9 @@ REFUSED = [
     ({"model": {"name": "transformer", "dim": 30}}, "dim 30 is not a multiple of heads 4"),
     ({"export": {"opt_batch": 99}}, "opt_batch 99 exceeds max_batch 64"),
     ({"name": "../x"}, "name: '../x'"),
+    ({"seed": -1}, "seed: -1"),
+    ({"model": {"channels": [], "blocks": []}}, "model.channels"),
+    ({"serve": {"max_batch": 128}}, "serve.max_batch: 128 exceeds export.max_batch 64"),
 ]
 
 
@@ -52,7 +55,7 @@ def test_overrides_reach_sections_and_list_items_and_are_typed_by_yaml():
     assert (loaded.train.epochs, loaded.compress[0].prune.mac_cut, loaded.train.clip_norm, loaded.storage.path) == (3, 0.25, None, "/tmp/x")
 
 
-@pytest.mark.parametrize("override", ["train.epochs", "=3", "compress.9.prune.mac_cut=0.5", "name.first=x", "train.epochz=3"])
+@pytest.mark.parametrize("override", ["train.epochs", "=3", "compress.9.prune.mac_cut=0.5", "name.first=x", "train.epochz=3", "model.channels=[16,"])
 def test_a_wrong_override_is_refused(override):
     with pytest.raises(SpecError):
         spec.load(ROOT / "jobs/specs/digits.yaml", [override])
@@ -65,6 +68,8 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
         spec.load(tmp_path / "spec.yaml")
     with pytest.raises(SpecError, match="no such spec file"):
         spec.load(tmp_path / "absent.yaml")
+    with pytest.raises(SpecError, match="cannot be read"):
+        spec.load(tmp_path)
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.name)

@@ -179,12 +179,14 @@ def replace(draft: Path, folder: Path) -> None:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process. Raises UserError when another run holds it (the lock dies with its process)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
         lock.acquire()
     except Timeout:
         raise UserError(f"storage.path: another run is writing {folder}; wait for it, or give this run another name (name=...)") from None
+    except OSError as error:
+        raise UserError(f"storage.path: {folder} cannot be written ({error.strerror}); name a folder that can") from None
     try:
         yield
     finally:

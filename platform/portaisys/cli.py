@@ -88,9 +88,16 @@ def _storage_arguments(parser: Any) -> None:
 
 
 def _serve_arguments(parser: Any) -> None:
-    parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--replicas", type=int, default=1)
+    for flag, default in (("port", 8000), ("replicas", 1), ("threads", 1), ("max-queue", 1024)):
+        parser.add_argument(f"--{flag}", type=_positive, default=default, help="default: %(default)s")
+    parser.add_argument("--max-batch", type=_positive, help="default: what the version was verified up to")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 65535")
+    return int(text)
 
 
 # --- the verbs --------------------------------------------------------------------------------------------------
@@ -144,7 +151,10 @@ def serve(options: argparse.Namespace) -> None:
     from portaisys.serve.app import ServeArgs
     from portaisys.serve.local import serving, until_stopped
 
-    arguments = ServeArgs(model=options.reference, storage=Storage(path=options.storage), num_replicas=options.replicas)
+    arguments = ServeArgs(
+        model=options.reference, storage=Storage(path=options.storage), num_replicas=options.replicas, threads=options.threads,
+        max_batch=options.max_batch, max_queue=options.max_queue,
+    )  # fmt: skip
     console.print(f"starting {options.reference}")
     with serving(arguments, host=options.host, port=options.port) as url:
         console.print(f"ready: {url}/v2/models/{options.reference.partition('@')[0]}/infer (stop with Ctrl-C)", soft_wrap=True)

@@ -23,12 +23,12 @@ REQUESTS = 200
 def run(options: Spec) -> None:
     """Run the stages (reusing finished ones), serve NAME@VERSION, score it through HTTP on the validation split."""
     started = time.monotonic()
-    cpus = max(1, options.train.num_workers) * options.train.cpus_per_worker
+    cpus = max(options.train.num_workers * options.train.cpus_per_worker, options.serve.num_replicas)
     with Screen() as tell:
         with launch.on_ray(cpus):
             outcome = launch.run(options, tell)
             tell("serve", "starting Ray Serve")
-            arguments = ServeArgs(model=str(outcome.version), storage=options.storage, **options.serve.model_dump(exclude={"port"}))
+            arguments = ServeArgs(model=str(outcome.version), storage=options.storage, threads=options.engine.threads, **options.serve.model_dump(exclude={"port"}))
             with serving(arguments, port=options.serve.port) as url:
                 tell("serve", f"{REQUESTS} requests to {url}")
                 served = _ask(url, options)

@@ -90,7 +90,8 @@ def mcnemar(b: int, c: int) -> float:
 def corrected(confidence: float, looks: int) -> float:
     """Bonferroni: the confidence of one look, so that all `looks` at the same test split together keep `confidence`.
 
-    `looks` >= 1 counts every distinct look, this family of candidates included.
+    `looks` >= 1 counts every distinct look, this family of candidates included. It holds for the looks so far, judged
+    at today's count; verdicts passed earlier, at a smaller count, are not taken back by later ones.
     """
     assert looks >= 1, looks
     return 1 - (1 - confidence) / looks

@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from portaisys.data import Splits
 from portaisys.engine import backend
 from portaisys.registry import Registry, Version, open_registry
 from portaisys.spec import Spec, UserError
-from portaisys.stages import STAGES, Fit, Job, carry_out
+from portaisys.stages import STAGES, Fit, Job, carry_out, threads
 from portaisys.train import CHECKPOINT, Place
 
 
@@ -73,14 +73,12 @@ def plan(options: Spec) -> list[Stage]:
         stages.append(Stage(small, step.kind, parents, sections, step.options.model_dump()))
     exported = {"dense": "export-dense"} | ({"small": "export-small"} if small != "train" else {})
     stages += [Stage(name, "export", {"model": small if role == "small" else "train"}, ("seed", "export", "model")) for role, name in exported.items()]
-    if options.quantize:
-        last = list(exported.values())[-1]
-        stages.append(Stage("quantize", "quantize", {"model": last}, (), options.quantize.model_dump()))
-        if "int8" in options.precisions:
-            exported["int8"] = "quantize"
+    if options.quantize and "int8" in options.precisions:
+        stages.append(Stage("quantize", "quantize", {"model": list(exported.values())[-1]}, (), options.quantize.model_dump()))
+        exported["int8"] = "quantize"
     device = {"device": backend(options.engine.backend).device(), "version": backend(options.engine.backend).version()}
     stages.append(Stage("judge", "judge", {"reference": "train"} | exported, ("seed", "engine", "gate", "export"), device))
-    stages.append(Stage("version", "version", {"judge": "judge", "reference": "train"} | exported, ("name", "engine", "export")))
+    stages.append(Stage("version", "version", {"judge": "judge", "reference": "train"} | exported, ("name", "engine", "gate", "export")))
     return stages
 
 
@@ -90,13 +88,14 @@ def run(options: Spec, tell: Tell, *, promote: bool = True) -> Outcome:
     Raises UserError for anything the user can put right; what was finished before stays as it was.
     """
     folder = run_folder(options)
-    with artifact.locked(folder):
+    # The number of threads decides in which order sums are rounded: from the spec, not from the machine, and for all stages.
+    with artifact.locked(folder), threads(options.train.cpus_per_worker):
         artifact.sweep(folder)
         tell("data", "reading and splitting")
         splits = data.load(options.data)
         tell("data", f"{len(splits.train):,} train, {len(splits.validation):,} validation, {len(splits.calibration):,} calibration, {len(splits.test):,} test rows", 1.0, "done")
         registry = open_registry(options.storage)
-        preflight(options, splits, registry)
+        preflight(options, splits, 0 if (folder / "judge" / artifact.MANIFEST).exists() else registry.looks(splits.test_digest))
         artifact.write_text(folder / "spec.yaml", spec.to_yaml(options))
         artifacts: dict[str, Artifact] = {}
         reused = []
@@ -104,8 +103,9 @@ def run(options: Spec, tell: Tell, *, promote: bool = True) -> Outcome:
             artifacts[stage.name], was_there = _one(options, stage, artifacts, splits, registry, folder, tell)
             reused += [stage.name] if was_there else []
         tell("publish", "writing version and report")
-        version = _publish(options, artifacts, registry, promote)
-        page = report.write(folder / "report.html", options, artifacts, folder / "logs", str(version))
+        version = _publish(options, artifacts, splits, registry, promote)
+        logs = {name: metrics.read(_log_file(folder, name, made.key)) for name, made in artifacts.items()}
+        page = report.write(folder / "report.html", options, artifacts, logs, str(version))
         tell("publish", f"{version} is {', '.join(version.aliases) or 'published'}", 1.0, "done")
     return Outcome(folder, artifacts, tuple(reused), version, page)
 
@@ -116,8 +116,13 @@ def run_folder(options: Spec) -> Path:
     return root / options.name
 
 
-def preflight(options: Spec, splits: Splits, registry: Registry) -> None:
-    """Refuse, before any work is spent, what cannot end well. Raises UserError."""
+def _log_file(folder: Path, stage: str, key: str) -> Path:
+    """A log belongs to a stage and its key: another spec's steps are another curve."""
+    return folder / "logs" / f"{stage}-{key[:12]}.jsonl"
+
+
+def preflight(options: Spec, splits: Splits, looks: int) -> None:
+    """Refuse, before any work is spent, what cannot end well. `looks`: candidates that saw this test split before. Raises UserError."""
     for name in (options.engine.backend, *options.engine.also_build):
         backend(name).version()
     if backend(options.engine.backend).device() == "none":
@@ -127,32 +132,38 @@ def preflight(options: Spec, splits: Splits, registry: Registry) -> None:
         )
     if options.storage.remote:
         store.reachable(options.storage.path)
+    if options.train.num_workers and (ray_is_there() or os.environ.get("RAY_ADDRESS")):
+        with on_ray(0):
+            _check_cluster(options)
+    if options.train.augment != "none" and len(splits.shape) != 3:
+        raise UserError(f"train.augment: {options.train.augment!r} moves pictures, and the rows are {splits.shape}; set train.augment=none")
+    device(options)
     torch.manual_seed(options.seed)
     models.build(options.model, splits.shape, len(splits.labels), splits.mean, splits.std)
-    candidates = sum(stage.kind in ("export", "quantize") for stage in plan(options)) - 1
-    if candidates:
-        looks = max(candidates, registry.looks(splits.test_digest))
-        gate.refuse_undecidable(len(splits.test), options.gate.max_accuracy_drop, options.gate.confidence, looks)
+    candidates = sum(stage.kind in ("export", "quantize") for stage in plan(options))
+    if candidates > 1:
+        gate.refuse_undecidable(len(splits.test), options.gate.max_accuracy_drop, options.gate.confidence, looks + candidates)
 
 
 def _one(
     options: Spec, stage: Stage, done: Mapping[str, Artifact], splits: Splits, registry: Registry, folder: Path, tell: Tell
 ) -> tuple[Artifact, bool]:
     parents = {role: done[name] for role, name in stage.parents.items()}
-    sections = {name: options.model_dump(mode="json")[name] for name in stage.sections}
+    sections = _sections(options, stage)
     digests = {role: parent.digest for role, parent in parents.items()}
     key = spec.digest([stage.kind, dict(stage.options), sections, digests, splits.digest])
     place, uri = folder / stage.name, f"{options.storage.path}/{options.name}/{stage.name}"
+    work = folder / f"{stage.name}.work"
     if options.storage.remote and not place.exists():
         store.pull(uri, place)
     found = artifact.find(place, key)
     if found:
+        _finish(options, found, uri, work)
         tell(stage.name, "finished before", 1.0, "reused")
         return found, True
-    work = folder / f"{stage.name}.work"
     fit = Fit(
         spec.dump(options), stage.kind, stage.options, {role: str(parent.path) for role, parent in parents.items()}, key,
-        str(work), str(folder / "logs" / f"{stage.name}.jsonl"), f"{uri}.work" if options.storage.remote else "",
+        str(work), str(_log_file(folder, stage.name, key)), f"{uri}.work/{key[:16]}" if options.storage.remote else "",
     )  # fmt: skip
     job = Job(
         options, stage.kind, key, stage.options, parents, splits, train=partial(_train, options, fit, partial(tell, stage.name)),
@@ -162,25 +173,47 @@ def _one(
     with artifact.writing(place, kind=stage.kind, key=key, parents=digests, spec=sections) as draft:
         STAGES[stage.kind](job, draft)
     made = artifact.read(place)
-    if options.storage.remote:
-        store.push(place, uri)
-    shutil.rmtree(work, ignore_errors=True)
+    _finish(options, made, uri, work)
     tell(stage.name, f"{made.seconds:.1f} s", 1.0, "done")
     return made, False
 
 
-def _publish(options: Spec, artifacts: Mapping[str, Artifact], registry: Registry, promote: bool) -> Version:
+def _finish(options: Spec, made: Artifact, uri: str, work: Path) -> None:
+    """What follows a finished stage, again where a killed run did not get to it."""
+    if options.storage.remote and store.digest_at(uri) != made.digest:
+        store.push(made.path, uri)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+# They change how a run is watched over, not what it computes: a run may go on with others.
+_NOT_IN_KEYS = {"max_failures", "checkpoint_every_steps"}
+
+
+def _sections(options: Spec, stage: Stage) -> dict[str, Any]:
+    """What of the spec a stage depends on; for a user's own model its code too."""
+    tree = options.model_dump(mode="json")
+    found = {name: tree[name] for name in stage.sections}
+    if "train" in found:
+        found["train"] = {name: value for name, value in found["train"].items() if name not in _NOT_IN_KEYS}
+    if "model" in found:
+        found["model"] |= models.source_digest(options.model)
+    return found
+
+
+def _publish(options: Spec, artifacts: Mapping[str, Artifact], splits: Splits, registry: Registry, promote: bool) -> Version:
     rows = artifacts["judge"].scores["rows"]
     best = next(row for row in rows if row["engine"] == artifacts["version"].scores["admitted"][0])
-    lineage = {name: found.digest for name, found in artifacts.items()} | {"spec": spec.digest(spec.dump(options))}
+    lineage = {name: found.digest for name, found in artifacts.items()}
+    lineage |= {"spec": spec.digest(spec.dump(options)), "data": splits.digest, "test": splits.test_digest}
     known = registry.of_digest(options.name, artifacts["version"].digest)
     run_id = known.run_id if known else registry.log_run(
         options.name, spec.dump(options), lineage, {f"{row['engine']} {row['backend']}": row for row in rows}, {"report": str(run_folder(options) / "report.html")}
     )  # fmt: skip
-    version = registry.publish(options.name, artifacts["version"].path, run_id, lineage, {"action": "pass", "because": best["because"]})
-    if promote and "production" not in version.aliases:
-        version = registry.promote(options.name, version.version, because=best["because"])
-    return version
+    action = "pass" if best["admissible"] else "fail"
+    version = registry.publish(options.name, artifacts["version"].path, run_id, lineage, {"action": action, "because": best["because"]})
+    # Once: a version that somebody took out of production since (a rollback) is not put back by a run that only reads.
+    before = [entry for entry in registry.ledger(options.name) if entry.event == "promote" and entry.version == version.version]
+    return registry.promote(options.name, version.version, because=best["because"]) if promote and not before else version
 
 
 # --- training, here or on Ray -----------------------------------------------------------------------------------
@@ -189,8 +222,6 @@ def _publish(options: Spec, artifacts: Mapping[str, Artifact], registry: Registr
 def _train(options: Spec, fit: Fit, tell: Callable[..., None]) -> Path:
     """Carry out a Fit where `train.num_workers` says; returns the folder with the weights."""
     if options.train.num_workers == 0:
-        # From the spec and not from the machine: the number of threads decides in which order sums are rounded.
-        torch.set_num_threads(options.train.cpus_per_worker)
         carry_out(fit, Place(device=device(options)), partial(_log, fit, tell))
     else:
         with on_ray(options.train.num_workers * options.train.cpus_per_worker), _watching(Path(fit.log), tell):
@@ -199,8 +230,11 @@ def _train(options: Spec, fit: Fit, tell: Callable[..., None]) -> Path:
 
 
 def device(options: Spec) -> str:
-    """The device of this process: a GPU where the spec asks for one. Raises UserError when there is none."""
-    if options.train.use_gpu and not torch.cuda.is_available():
+    """The device of this process: a GPU where the spec asks for one. Raises UserError when there is none.
+
+    With workers elsewhere this process needs none: the cluster is asked instead.
+    """
+    if options.train.use_gpu and not options.train.num_workers and not torch.cuda.is_available():
         raise UserError("train.use_gpu: torch sees no GPU here; install a CUDA build of torch (README, Installing) or set train.use_gpu=false")
     return "cuda" if options.train.use_gpu else "cpu"
 
@@ -246,6 +280,13 @@ _RAY_ENVIRONMENT = {
     # Ray writes its own files through pyarrow, whose checksum trailers some of S3's work-alikes answer with 411.
     "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
 }
+
+
+def ray_is_there() -> bool:
+    """Whether this process is connected to a Ray cluster."""
+    import ray
+
+    return bool(ray.is_initialized())
 
 
 @contextlib.contextmanager
@@ -307,7 +348,7 @@ def _check_cluster(options: Spec) -> None:
             f"storage.path: {options.storage.path!r} is a folder of this machine and the cluster has {len(nodes)} nodes; "
             "use s3://bucket/prefix, or a mount that all nodes share together with storage.shared=true"
         )
-    if len(nodes) > 1 and not os.environ.get("MLFLOW_TRACKING_URI"):
+    if len(nodes) > 1 and os.environ.get("MLFLOW_TRACKING_URI", "sqlite").startswith("sqlite"):
         raise UserError("storage: the registry is a sqlite file and the cluster has several nodes; start `mlflow server` and set MLFLOW_TRACKING_URI")
     train, have = options.train, ray.cluster_resources()
     need = {"CPU": train.num_workers * train.cpus_per_worker} | ({"GPU": train.num_workers} if train.use_gpu else {})
@@ -324,7 +365,8 @@ def _cause(error: BaseException) -> UserError:
         seen = getattr(inner, "cause", None) or inner
         if isinstance(seen, UserError):
             return seen
-    return UserError(f"train: the workers failed: {str(seen).strip().splitlines()[-1]}")
+    lines = str(seen).strip().splitlines() or [type(seen).__name__]
+    return UserError(f"train: the workers failed: {lines[-1]}")
 
 
 def _worker(config: Mapping[str, Any]) -> None:
@@ -339,7 +381,9 @@ def _worker(config: Mapping[str, Any]) -> None:
     rank = context.get_world_rank()
     checkpoint = Path(fit.work) / CHECKPOINT
     if fit.remote:
-        store.fetch_file(f"{fit.remote}/{CHECKPOINT}", checkpoint)
+        # All ranks start from what the store holds, or all from nothing: a file that only this machine has is not it.
+        if not store.fetch_file(f"{fit.remote}/{CHECKPOINT}", checkpoint):
+            checkpoint.unlink(missing_ok=True)
         for parent in map(Path, fit.parents.values()):  # this may be another machine than the one that made them
             if not parent.exists():
                 store.pull(f"{fit.remote.rpartition('/')[0]}/{parent.name}", parent)
@@ -356,6 +400,3 @@ def _worker(config: Mapping[str, Any]) -> None:
     carry_out(fit, Place(rank, context.get_world_size(), where, DistributedDataParallel), report)
     if fit.remote and rank == 0:
         store.send_file(Path(fit.work) / "model.safetensors", f"{fit.remote}/model.safetensors")
-
-
-__all__ = ["Outcome", "Sequence", "Stage", "Tell", "device", "on_ray", "plan", "preflight", "run", "run_folder"]

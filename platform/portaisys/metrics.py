@@ -19,6 +19,14 @@ def read(path: Path) -> list[dict[str, Any]]:
     """All whole lines, in order of `step`; a step that was repeated after a resume counts once, as last written."""
     if not path.exists():
         return []
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-    rows = [json.loads(line) for line in lines]
+    rows = [row for line in path.read_text().splitlines() if (row := _row(line))]
     return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """A line that a crash tore is no row."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None

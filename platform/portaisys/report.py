@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from portaisys import artifact, metrics
+from portaisys import artifact
 from portaisys.artifact import Artifact
 from portaisys.spec import Spec, to_yaml
 
@@ -52,15 +52,15 @@ def _ms(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def write(path: Path, spec: Spec, artifacts: Mapping[str, Artifact], logs: Path, version: str) -> Path:
-    """Write the page for a finished run (its artifacts by stage name, the folder of its step logs)."""
+def write(path: Path, spec: Spec, artifacts: Mapping[str, Artifact], logs: Mapping[str, Sequence[Mapping[str, Any]]], version: str) -> Path:
+    """Write the page for a finished run: its artifacts and step logs by stage name."""
     rows = artifacts["judge"].scores["rows"]
     best = artifacts["version"].scores["admitted"][0]
     parts = [
         f"<h1>{html.escape(spec.name)}</h1><p>Published as <b>{html.escape(version)}</b>, served by <b>{html.escape(best)}</b> on {spec.engine.backend}.</p>",
         "<h2>Candidates</h2>", _table(rows, best),
         "<h2>Verdicts</h2>", _verdicts(rows, artifacts["judge"].scores["looks"]),
-        "<h2>Training</h2>", _curves({name: metrics.read(logs / f"{name}.jsonl") for name in artifacts}),
+        "<h2>Training</h2>", _curves(logs),
         "<h2>Stages</h2>", _stages(artifacts),
         "<h2>Spec</h2><pre>", html.escape(to_yaml(spec)), "</pre>",
     ]  # fmt: skip

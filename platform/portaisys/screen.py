@@ -54,7 +54,7 @@ def closing_table(outcome: Any) -> None:
         console.print(f"Finished before and reused: {', '.join(outcome.reused)}", soft_wrap=True)
     cached = [f"{row['engine']} ({row['backend']})" for row in outcome.rows if row["reused"]]
     if "judge" in outcome.reused:
-        console.print("Engines: judged before; serving takes them from the cache")
+        console.print("Engines: judged before, not built again")
     elif cached:
         console.print(f"Engines from the cache: {', '.join(cached)}", soft_wrap=True)
     places = Table(box=None, show_header=False)

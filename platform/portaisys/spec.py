@@ -48,7 +48,7 @@ class Section(BaseModel):
 
 class _Data(Section):
     task: str = "classification"
-    split_seed: int = 0
+    split_seed: int = Field(0, ge=0)
     validation_rows: int = Field(200, ge=1)
     calibration_rows: int = Field(200, ge=1)
 
@@ -95,6 +95,8 @@ class DataFactory(_Data):
 
 Data = Annotated[Digits | FashionMnist | Npz | DataFactory, Field(discriminator="source")]
 
+Positive = Annotated[int, Field(ge=1)]
+
 # --- model --------------------------------------------------------------------------------------------------------
 
 
@@ -104,9 +106,9 @@ class ConvNet(Section):
     name: Literal["convnet"] = "convnet"
     stem: int | None = Field(None, ge=1)
     stem_stride: int = Field(1, ge=1, le=4)
-    channels: tuple[int, ...] = (32, 64)
-    blocks: tuple[int, ...] = (1, 1)
-    strides: tuple[int, ...] | None = None
+    channels: tuple[Positive, ...] = Field((32, 64), min_length=1)
+    blocks: tuple[Positive, ...] = (1, 1)
+    strides: tuple[Positive, ...] | None = None
 
     @model_validator(mode="after")
     def _one_depth_a_width(self) -> ConvNet:
@@ -283,7 +285,7 @@ class Gate(Section):
 
 
 class Search(Section):
-    """Hyperparameter search (the search space itself is a file of tune_spaces/)."""
+    """Hyperparameter search. Read by `tune`, not by `run`; the search space itself is a file of tune_spaces/."""
 
     trials: int = Field(20, ge=1)
     seed: int = 0
@@ -319,7 +321,7 @@ class Spec(Section):
     """The whole run."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     data: Data = Digits()
     model: Model = ConvNet()
     train: Train = Train()
@@ -383,6 +385,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
         tree = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
         raise SpecError(f"{path}: no such spec file") from None
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -414,14 +418,18 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise SpecError(f"override {override!r}: write it as section.key=value, for example train.epochs=3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise SpecError(f"override {override!r}: {text!r} is not a YAML value; lists are written [1, 2]") from None
     node: Any = tree
     *parents, last = path.split(".")
     for part in parents:
         node = _child(node, part, path)
     if isinstance(node, list):
-        node[_index(node, last, path)] = yaml.safe_load(text)
+        node[_index(node, last, path)] = value
     else:
-        node[last] = yaml.safe_load(text)
+        node[last] = value
 
 
 def _child(node: Any, part: str, path: str) -> Any:

@@ -90,7 +90,7 @@ def carry_out(job: Fit, place: Place, report: Report) -> None:
     """Train as `job` says; rank 0 leaves the weights in `job.work`."""
     options = spec.parse(job.spec)
     splits = data.load(options.data)
-    model, loss, train = FITS[job.kind](job, options, splits)
+    model, loss, train = FITS[job.kind](job, options, splits, place.device)
     model = fit(
         model, splits.train, train, folder=Path(job.work), key=job.key, seed=options.seed, validation=splits.validation,
         loss=loss, report=report, place=place,
@@ -99,19 +99,19 @@ def carry_out(job: Fit, place: Place, report: Report) -> None:
         models.save(model, Path(job.work) / WEIGHTS)
 
 
-def _dense(job: Fit, options: Spec, splits: Splits) -> tuple[nn.Module, Loss | None, Train]:
+def _dense(job: Fit, options: Spec, splits: Splits, device: str) -> tuple[nn.Module, Loss | None, Train]:
     return fresh(options, splits), None, options.train
 
 
-def _distilled(job: Fit, options: Spec, splits: Splits) -> tuple[nn.Module, Loss | None, Train]:
+def _distilled(job: Fit, options: Spec, splits: Splits, device: str) -> tuple[nn.Module, Loss | None, Train]:
     recipe = Distill(**job.options)
     student = restore(options, splits, Path(job.parents["student"]))
-    teacher = restore(options, splits, Path(job.parents["teacher"]))
+    teacher = restore(options, splits, Path(job.parents["teacher"])).to(device)
     train = options.train.model_copy(update={"epochs": recipe.epochs, "learning_rate": recipe.learning_rate})
     return student, distillation(teacher, recipe), train
 
 
-FITS: dict[str, Callable[[Fit, Spec, Splits], tuple[nn.Module, Loss | None, Train]]] = {"train": _dense, "distill": _distilled}
+FITS: dict[str, Callable[[Fit, Spec, Splits, str], tuple[nn.Module, Loss | None, Train]]] = {"train": _dense, "distill": _distilled}
 
 
 def trained(job: Job, draft: Draft) -> None:
@@ -169,16 +169,19 @@ def judged(job: Job, draft: Draft) -> None:
     dense = restore(job.spec, job.splits, job.parents["reference"].path)
     size = models.count(dense, job.splits.shape) | {"size_bytes": job.parents["reference"].file(WEIGHTS).stat().st_size}
     # Counted before anyone looks: a run that dies in between has looked all the same.
-    looks = job.looks([subject.artifact.digest for subject in candidates if subject.name != DENSE]) if len(candidates) > 1 else 1
-    with _torch_threads(job.spec.engine.threads):
+    looks = job.looks([subject.artifact.digest for subject in candidates])
+    with threads(job.spec.engine.threads):
         judgement = judge(job.spec, candidates, models.predictor(dense), size, job.splits.test, looks=looks, tell=job.tell)
     save_answers(draft.path / "answers.npz", judgement, job.splits.test)
+    # In the digest, unlike the scores: another choice makes another version, the same choice at other milliseconds does not.
+    (draft.path / "admitted.json").write_text(json.dumps(judgement.admitted))
     draft.scores.update(judgement.to_dict(), looks=looks)
     draft.notes.extend(f"{row.engine} on {row.backend}: {note}" for row in judgement.rows for note in row.notes)
 
 
 @contextlib.contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
+    """So many threads for torch's operators, for the time of the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -204,11 +207,12 @@ def packed(job: Job, draft: Draft) -> None:
     about = {
         "name": job.spec.name, "labels": list(job.splits.labels), "backend": job.spec.engine.backend, "precisions": list(best),
         "engines": {precision: subject.name for precision, subject in best.items()}, "opt_batch": job.spec.export.opt_batch,
-        "max_batch": job.spec.export.max_batch, "tolerance": job.spec.export.tolerance, "verdicts": verdict["rows"],
+        "max_batch": job.spec.export.max_batch, "tolerance": job.spec.export.tolerance, "threads": job.spec.engine.threads, "verdicts": verdict["rows"],
         "lineage": {"data": job.splits.digest, "test": job.splits.test_digest} | {role: parent.digest for role, parent in job.parents.items()},
     }  # fmt: skip
     (draft.path / "version.json").write_text(json.dumps(about, indent=1, sort_keys=True))
-    draft.scores.update({"admitted": verdict["admitted"]})
+    served = next(row for row in verdict["rows"] if row["engine"] == verdict["admitted"][0])
+    draft.scores.update({name: served[name] for name in ("parameters", "macs", "size_bytes", "accuracy")}, admitted=verdict["admitted"])
 
 
 def _answers(options: Spec, subject: Subject, rows: Any) -> Any:

@@ -76,6 +76,16 @@ def fetch_file(uri: str, target: Path) -> bool:
     return True
 
 
+def digest_at(uri: str) -> str:
+    """Digest of the artifact at `uri`, empty when there is no finished one."""
+    bucket, prefix = _split(uri)
+    with _asking(uri) as s3:
+        try:
+            return str(json.loads(s3.get_object(Bucket=bucket, Key=f"{prefix}/{MANIFEST}")["Body"].read()).get("digest", ""))
+        except (s3.exceptions.NoSuchKey, ValueError):
+            return ""
+
+
 def reachable(uri: str) -> None:
     """Raises UserError when the bucket of `uri` does not exist, refuses us or does not answer."""
     bucket, _ = _split(uri)

@@ -108,10 +108,12 @@ def fit(
 
         epoch_ends, stops = (step + 1) % steps_per_epoch == 0, step + 1 == total
         saves = stops or (step + 1) % options.checkpoint_every_steps == 0
+        # Looked at before it is saved: what has diverged must not become what the next attempt goes on from.
+        mean_loss = _finite(losses, model, step) if saves or epoch_ends else 0.0
         if saves and place.rank == 0:
             save(folder / CHECKPOINT, key, step + 1, model, optimizer, scaler, average)
         if saves or epoch_ends:
-            metrics = {"step": step + 1, "steps": total, "epoch": (step + 1) / steps_per_epoch, "loss": _finite(losses, step)}
+            metrics = {"step": step + 1, "steps": total, "epoch": (step + 1) / steps_per_epoch, "loss": mean_loss}
             metrics["samples_per_s"] = (step + 1 - done) * options.batch_size / (time.monotonic() - clock)
             if epoch_ends and validation and place.rank == 0:
                 metrics["validation_accuracy"] = score(model, validation, average)
@@ -201,10 +203,10 @@ def _autocast(device: str, precision: str) -> Any:
     return torch.autocast(device, types[precision]) if precision in types else nullcontext()
 
 
-def _finite(losses: list[Tensor], step: int) -> float:
+def _finite(losses: list[Tensor], model: nn.Module, step: int) -> float:
     value = torch.stack(losses).mean().item()
-    if not math.isfinite(value):
-        raise UserError(f"train: the loss is {value} by step {step + 1}; lower train.learning_rate, set train.clip_norm, or take train.precision=fp32")
+    if not math.isfinite(value) or not all(torch.isfinite(p).all() for p in model.parameters()):
+        raise UserError(f"train: the loss is {value} and weights may not be finite by step {step + 1}; lower train.learning_rate, set train.clip_norm, or take train.precision=fp32")
     return value
 
 

@@ -13,7 +13,7 @@ import torch
 import torch_pruning
 from torch import nn
 
-from portaisys.models import count
+from portaisys.models import check_outputs, count
 from portaisys.models.transformer import Attention
 from portaisys.spec import Prune, UserError
 
@@ -24,6 +24,8 @@ def prune(model: nn.Module, shape: Sequence[int], options: Prune, classes: int) 
     Raises UserError, naming the best reachable cut, when the structure allows no more.
     """
     before = now = count(model, shape)
+    if not before["macs"]:
+        raise UserError("compress.prune: this model has no multiply-accumulates that can be counted, so none can be cut; remove the step")
     pruner = _pruner(model, shape, options, classes)
     for _ in range(options.steps):
         if _enough(before, now, options):
@@ -35,6 +37,10 @@ def prune(model: nn.Module, shape: Sequence[int], options: Prune, classes: int) 
             f"compress.prune: mac_cut {options.mac_cut} and parameter_cut {options.parameter_cut} cannot be met; this model reaches at most "
             f"mac_cut {_cut(before, now, 'macs'):.3f} and parameter_cut {_cut(before, now, 'parameters'):.3f} with round_to {options.round_to}; ask for less"
         )
+    try:
+        check_outputs(model, shape, classes)
+    except UserError as error:
+        raise UserError(f"compress.prune: pruning broke the model's output: {error}; end it with a Linear or Conv2d that gives the logits") from None
     return {**now, "mac_cut": _cut(before, now, "macs"), "parameter_cut": _cut(before, now, "parameters")}
 
 
@@ -61,6 +67,6 @@ def _pruner(model: nn.Module, shape: Sequence[int], options: Prune, classes: int
 
 def _kept(model: nn.Module, classes: int) -> list[nn.Module]:
     """The layer that gives the logits, and attention's projections, whose widths are tied to the heads."""
-    heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
+    heads = [m for m in model.modules() if getattr(m, "out_features", getattr(m, "out_channels", None)) == classes]
     projections = [layer for m in model.modules() if isinstance(m, (Attention, nn.MultiheadAttention)) for layer in m.children()]
     return heads[-1:] + projections

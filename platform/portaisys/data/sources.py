@@ -36,7 +36,7 @@ class Table:
 
 
 def _in_memory(x: NDArray[Any], y: NDArray[np.int64], labels: tuple[str, ...], test: NDArray[np.int64] | None = None) -> Table:
-    digest = hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{x.dtype}{x.shape}{labels}".encode() + np.ascontiguousarray(x).tobytes()).hexdigest()
     return Table(lambda indices: x[indices].astype(np.float32), y, labels, x.shape[1:], digest, test)
 
 
@@ -153,7 +153,7 @@ def factory(options: spec.DataFactory) -> Table:
     def rows(indices: NDArray[np.int64]) -> NDArray[np.float32]:
         return np.stack([_item(dataset, int(index), options.factory)[0] for index in indices]) if len(indices) else np.empty((0, *shape), np.float32)
 
-    return Table(rows, y, labels, shape, digest)
+    return Table(rows, y, labels, shape, hashlib.sha256(f"{digest}{shape}{labels}".encode()).hexdigest())
 
 
 def _scan(dataset: Any, name: str) -> tuple[NDArray[np.int64], tuple[int, ...], str]:
@@ -175,22 +175,29 @@ def _item(dataset: Any, index: int, name: str) -> tuple[NDArray[np.float32], int
     try:
         x, y = dataset[index]
         return np.asarray(x, np.float32), int(y)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # a user's code may raise anything
         raise UserError(f"data.factory: {name}: item {index} is not a pair (numbers, class index): {error}") from None
 
 
 def call_factory(name: str, options: dict[str, Any], where: str) -> Any:
     """Import `module:callable` and call it. Raises UserError naming `where` when it cannot be imported or called."""
-    module, colon, attribute = name.partition(":")
+    _, made = import_factory(name, where)
+    try:
+        return made(**options)
+    except Exception as error:  # a user's code may raise anything
+        raise UserError(f"{where}: {name} cannot be called with options {sorted(options)}: {type(error).__name__}: {error}") from error
+
+
+def import_factory(name: str, where: str) -> tuple[Any, Callable[..., Any]]:
+    """The module and the callable of `module:callable`. Raises UserError naming `where`."""
+    module_name, colon, attribute = name.partition(":")
     if not colon:
         raise UserError(f"{where}: {name!r}: write it as module:callable")
     try:
-        made = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{where}: {name} does not import ({error}); is its folder on PYTHONPATH?") from None
+        module = importlib.import_module(module_name)
+        made = getattr(module, attribute)
+    except Exception as error:  # importing runs a user's code
+        raise UserError(f"{where}: {name} does not import ({type(error).__name__}: {error}); is its folder on PYTHONPATH?") from error
     if not callable(made):
         raise UserError(f"{where}: {name} is a {type(made).__name__}, not callable")
-    try:
-        return made(**options)
-    except TypeError as error:
-        raise UserError(f"{where}: {name} cannot be called with options {sorted(options)}: {error}") from None
+    return module, made

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from portaisys import artifact, spec
-from portaisys.data.sources import call_factory
+from portaisys.data.sources import call_factory, import_factory
 from portaisys.models.convnet import convnet
 from portaisys.models.transformer import transformer
 from portaisys.spec import UserError
@@ -66,11 +66,12 @@ def build(options: Any, shape: Sequence[int], classes: int, mean: Any = (0.0,), 
     net = MODELS[type(options)](options, tuple(shape), classes)
     spread = (-1,) + (1,) * (len(shape) - 1)
     model = Classifier(net, torch.as_tensor(mean).reshape(spread), torch.as_tensor(std).reshape(spread))
-    _check_outputs(model, shape, classes)
+    check_outputs(model, shape, classes)
     return model
 
 
-def _check_outputs(model: nn.Module, shape: Sequence[int], classes: int) -> None:
+def check_outputs(model: nn.Module, shape: Sequence[int], classes: int) -> None:
+    """Raise UserError unless the model turns rows of `shape` into logits of `classes`."""
     try:
         with torch.no_grad():
             logits = copy.deepcopy(model).eval()(torch.zeros(2, *shape))
@@ -79,6 +80,14 @@ def _check_outputs(model: nn.Module, shape: Sequence[int], classes: int) -> None
     if not isinstance(logits, Tensor) or logits.shape != (2, classes):
         given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"model: for 2 rows it gives {given}, the data has {classes} classes; its output must be logits of shape (2, {classes})")
+
+
+def source_digest(options: Any) -> dict[str, str]:
+    """What of a model no spec holds: the code of a user's factory, as {"source": SHA-256 of its module's file}."""
+    if not isinstance(options, spec.ModelFactory):
+        return {}
+    file = getattr(import_factory(options.factory, "model.factory")[0], "__file__", None)
+    return {"source": artifact.hash_file(Path(file))} if file else {}
 
 
 def count(model: nn.Module, shape: Sequence[int]) -> dict[str, int]:

@@ -29,18 +29,25 @@ def serving(args: ServeArgs, *, host: str = "127.0.0.1", port: int = 8000) -> It
     if own:
         ray.init(address="local", num_cpus=max(1, round(args.num_replicas * args.num_cpus)) + 1, include_dashboard=False, log_to_driver=False)
     try:
-        serve.start(http_options={"host": host, "port": port})
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # serve.start has just set it to INFO
-        serve.run(build_app(args), name=APPLICATION, route_prefix="/")
+        _start(args, host, port)
         yield f"http://{host}:{port}"
-    except RuntimeError as error:
-        raise UserError(f"serve: the application did not start: {_last_line(error)}") from error
     finally:
         # Our application alone: serve.shutdown() would end every other one of a cluster that was there before.
         with contextlib.suppress(Exception):  # half-started: there may be no controller to ask
             serve.delete(APPLICATION)
         if own:
             ray.shutdown()
+
+
+def _start(args: ServeArgs, host: str, port: int) -> None:
+    if serve.status().proxies:
+        raise UserError("serve: this Ray cluster already runs Serve, on its own port; use serve deploy serve_apps/... there")
+    try:
+        serve.start(http_options={"host": host, "port": port})
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # serve.start has just set it to INFO
+        serve.run(build_app(args), name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        raise UserError(f"serve: the application did not start: {_last_line(error)}") from error
 
 
 def _check_free(host: str, port: int) -> None:
