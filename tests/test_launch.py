@@ -117,7 +117,7 @@ def test_a_changed_gate_makes_a_new_version_though_every_answer_is_the_same(fini
 
 
 def test_a_run_that_only_reads_does_not_undo_a_rollback(finished, capsys):
-    folder, outcome = finished
+    folder, _ = finished
     changed = short(folder, "gate.max_accuracy_drop=0.039")
     launch.run(changed, quiet)
     assert main(["rollback", "digits", "--because", "a test", "--storage", str(folder / "runs")]) == 0
