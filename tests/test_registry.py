@@ -1,5 +1,6 @@
 """The registry against real stores: sqlite in a folder, and an `mlflow server` process on 127.0.0.1."""
 
+import contextlib
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import until
 
 from portaisys import artifact, registry, spec
 from portaisys.spec import Storage, UserError
@@ -74,6 +76,28 @@ def test_importing_the_registry_does_not_import_mlflow():
 def test_a_new_local_store_is_readable_by_its_owner_only(empty_database):
     assert stat.S_IMODE(empty_database.stat().st_mode) == 0o600
     assert stat.S_IMODE((empty_database.parent / "mlartifacts").stat().st_mode) == 0o700
+
+
+def test_a_process_killed_while_it_creates_the_tables_leaves_no_half_database(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    code = f"from portaisys import registry; from portaisys.spec import Storage; registry.open_registry(Storage(path={str(tmp_path)!r}))"
+    for tables in (1, 12):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until(lambda wanted=tables: _tables(tmp_path) >= wanted, process)
+        process.kill()
+        process.wait()
+        assert not (tmp_path / "mlflow.db").exists()
+    assert registry.open_registry(Storage(path=str(tmp_path))).names() == []
+
+
+def _tables(folder):
+    """How many tables the databases in `folder` hold by now."""
+    count = 0
+    for path in (folder / "mlflow.db", folder / ".mlflow.db.draft"):
+        if path.exists():
+            with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+                count = max(count, database.execute("select count(*) from sqlite_master where type = 'table'").fetchone()[0])
+    return count
 
 
 def test_a_remote_storage_path_needs_a_server(monkeypatch):

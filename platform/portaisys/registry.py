@@ -13,6 +13,7 @@ The chain has no key: it shows changes and removals, not a rewrite of its whole 
 from __future__ import annotations
 
 import contextlib
+import functools
 import getpass
 import hashlib
 import json
@@ -145,14 +146,28 @@ def _open_local(root: Path, create: bool) -> Registry:
         root.mkdir(parents=True, exist_ok=True)
         # Modes at creation, not os.umask, which every thread of the process would feel; sqlite's journals take the database's mode.
         artifacts.mkdir(mode=0o700, exist_ok=True)
-        os.close(os.open(database, os.O_CREAT | os.O_RDWR, 0o600))
+        registry = Registry(f"sqlite:///{database}", artifacts.as_uri(), root / ".registry.lock")
+        with registry.alone():
+            if not database.exists():
+                _create(database, artifacts)
     except OSError as error:
         raise UnreachableError(f"storage.path: {root} cannot hold a registry: {error.strerror}; choose another folder") from error
-    registry = Registry(f"sqlite:///{database}", artifacts.as_uri(), root / ".registry.lock")
-    with registry.alone(), registry.asking("opening it"):  # two processes must not create the tables at once
+    with registry.asking("opening it"):
         registry.client.search_registered_models(max_results=1)
-        registry.client.search_experiments(max_results=1)
     return registry
+
+
+def _create(database: Path, artifacts: Path) -> None:
+    """MLflow makes its tables one by one, over seconds: under another name, so that a kill in between leaves no half of a database."""
+    draft = database.with_name(".mlflow.db.draft")
+    draft.unlink(missing_ok=True)
+    os.close(os.open(draft, os.O_CREAT | os.O_RDWR, 0o600))
+    new = Registry(f"sqlite:///{draft}", artifacts.as_uri(), database.with_name(".registry.draft.lock"))
+    with new.asking("creating it"):
+        new.client.search_registered_models(max_results=1)
+        new.client.search_experiments(max_results=1)
+    draft.replace(database)
+    artifact.sync_folder(database.parent)
 
 
 def _mlflow_client(uri: str) -> Any:
@@ -197,8 +212,12 @@ class Registry:
         self.uri, self.artifacts = uri, artifacts
         self._lock = FileLock(lock, timeout=_LOCK_S)
         self._read: dict[int, _Row] = {}
+
+    @functools.cached_property
+    def client(self) -> Any:
+        """MLflow's client, on first use: making one for a sqlite file creates its tables."""
         with self.asking("opening it"):
-            self.client = _mlflow_client(uri)
+            return _mlflow_client(self.uri)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -290,7 +309,7 @@ class Registry:
             version = self.of_digest(name, found.digest)
             version = self._judge_again(version, tags) if version else self._create(name, folder, run_id, tags)
             if CANDIDATE not in version.aliases:
-                self.client.set_registered_model_alias(name, CANDIDATE, str(version.version))
+                self._set_alias(name, CANDIDATE, str(version.version))
         return self._get(name, version.version)
 
     def _create(self, name: str, folder: Path, run_id: str, tags: Mapping[str, str]) -> Version:
@@ -307,6 +326,13 @@ class Registry:
             details = {"digest": version.digest, "run_id": run_id, "verdict": version.verdict}
             self._record("publish", name, version.version, version.because, details)
         return version
+
+    def _set_alias(self, name: str, alias: str, version: str) -> None:
+        """MLflow looks and then inserts: of two hosts that set a new alias at once one is refused; asked again, it updates."""
+        with contextlib.suppress(RefusedError), self.asking(f"setting {name}@{alias}"):
+            self.client.set_registered_model_alias(name, alias, version)
+            return
+        self.client.set_registered_model_alias(name, alias, version)
 
     def _judge_again(self, version: Version, tags: Mapping[str, str]) -> Version:
         if (version.verdict, version.because) == (tags["verdict"], tags["because"]):
@@ -342,7 +368,7 @@ class Registry:
         # The record first: a crash in between leaves a line about a change that did not happen, never a change without a line.
         self._record(event, version.name, version.version, because, {"digest": version.digest, "was": was})
         with self.asking(f"setting {version.name}@{PRODUCTION}"):
-            self.client.set_registered_model_alias(version.name, PRODUCTION, str(version.version))
+            self._set_alias(version.name, PRODUCTION, str(version.version))
         return self._get(version.name, version.version)
 
     def resolve(self, reference: str) -> Version:

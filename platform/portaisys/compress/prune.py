@@ -31,17 +31,21 @@ def prune(model: nn.Module, shape: Sequence[int], options: Prune, classes: int) 
         if _enough(before, now, options):
             break
         pruner.step()
+        _check_outputs(model, shape, classes)
         now = count(model, shape)
     if not _enough(before, now, options):
         raise UserError(
             f"compress.prune: mac_cut {options.mac_cut} and parameter_cut {options.parameter_cut} cannot be met; this model reaches at most "
             f"mac_cut {_cut(before, now, 'macs'):.3f} and parameter_cut {_cut(before, now, 'parameters'):.3f} with round_to {options.round_to}; ask for less"
         )
+    return {**now, "mac_cut": _cut(before, now, "macs"), "parameter_cut": _cut(before, now, "parameters")}
+
+
+def _check_outputs(model: nn.Module, shape: Sequence[int], classes: int) -> None:
     try:
         check_outputs(model, shape, classes)
     except UserError as error:
         raise UserError(f"compress.prune: pruning broke the model's output: {error}; end it with a Linear or Conv2d that gives the logits") from None
-    return {**now, "mac_cut": _cut(before, now, "macs"), "parameter_cut": _cut(before, now, "parameters")}
 
 
 def _enough(before: dict[str, int], now: dict[str, int], options: Prune) -> bool:
