@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from portaisys import spec
-from portaisys.screen import Screen, closing_table, console, ledger_table, versions_table
+from portaisys.screen import Screen, closing_table, console, ledger_table, search_table, stage_table, versions_table
 from portaisys.spec import Storage, UserError
 
 _EXAMPLES = """examples:
@@ -37,6 +39,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="portaisys", description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True, metavar="verb")
     _verb(verbs, run, "run every stage of a spec that is not finished, gate, publish", "portaisys run jobs/specs/digits.yaml", _spec_arguments, _promote_argument)
+    _verb(verbs, train, "the training stage of a spec alone", "portaisys train jobs/specs/digits.yaml train.epochs=5", _spec_arguments)
+    _verb(verbs, tune, "search a space: trials, Pareto front, best spec", "portaisys tune tune_spaces/prune_digits.yaml search.trials=8", _space_arguments)
     _verb(verbs, demo, "run a spec, then serve it and ask it real requests", "portaisys demo jobs/specs/digits.yaml", _spec_arguments)
     _verb(verbs, show_spec, "print the resolved spec, or its JSON schema", "portaisys spec jobs/specs/digits.yaml train.epochs=3", _optional_spec_arguments, name="spec")
     _verb(verbs, versions, "list the versions of a name", "portaisys versions digits", _name_argument, _storage_arguments)
@@ -65,6 +69,11 @@ def _optional_spec_arguments(parser: Any) -> None:
     parser.add_argument("file", nargs="?", help="a spec, for example jobs/specs/digits.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example train.epochs=3")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of every spec, for editors")
+
+
+def _space_arguments(parser: Any) -> None:
+    parser.add_argument("file", help="a search space, for example tune_spaces/prune_digits.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of its spec, for example search.trials=8")
 
 
 def _promote_argument(parser: Any) -> None:
@@ -106,10 +115,38 @@ def _positive(text: str) -> int:
 def run(options: argparse.Namespace) -> None:
     from portaisys import launch
 
-    resolved = spec.load(options.file, options.overrides)
+    resolved = _settled(spec.load(options.file, options.overrides))
     with Screen() as tell:
         outcome = launch.run(resolved, tell, promote=not options.no_promote)
     closing_table(outcome)
+
+
+def train(options: argparse.Namespace) -> None:
+    from portaisys import launch
+
+    resolved = _settled(spec.load(options.file, options.overrides))
+    with Screen() as tell:
+        made = launch.train(resolved, tell)
+    stage_table(made)
+
+
+def _settled(resolved: spec.Spec) -> spec.Spec:
+    from portaisys import launch
+
+    settled = launch.settled(resolved)
+    if settled != resolved:
+        console.print(f"storage.path: {resolved.storage.path} would be deleted with the job's working directory; this job writes to {settled.storage.path}", soft_wrap=True)
+    return settled
+
+
+def tune(options: argparse.Namespace) -> None:
+    from portaisys import tune as searching
+
+    problem = searching.read(Path(options.file), options.overrides)
+    problem = replace(problem, base=_settled(problem.base))
+    with Screen() as tell:
+        found = searching.run(problem, tell)
+    search_table(found, problem.base.search.objectives)
 
 
 def demo(options: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -110,6 +110,43 @@ def run(options: Spec, tell: Tell, *, promote: bool = True) -> Outcome:
     return Outcome(folder, artifacts, tuple(reused), version, page)
 
 
+def produce(options: Spec, target: str, tell: Tell) -> Artifact:
+    """Run one stage of the plan and what it depends on, unless finished: no registry, no verdict, nothing published.
+
+    Raises UserError as `run` does. What a search does per trial.
+    """
+    folder = run_folder(options)
+    with artifact.locked(folder), threads(options.train.cpus_per_worker):
+        artifact.sweep(folder)
+        splits = data.load(options.data)
+        artifacts: dict[str, Artifact] = {}
+        for stage in _lineage(plan(options), target):
+            artifacts[stage.name], _ = _one(options, stage, artifacts, splits, None, folder, tell)
+    return artifacts[target]
+
+
+def train(options: Spec, tell: Tell) -> Artifact:
+    """The first stage alone, checked as `run` checks it: a job that trains and leaves the rest to `run`, which reuses it."""
+    preflight(options, data.load(options.data), 0)
+    return produce(options, "train", tell)
+
+
+def settled(options: Spec) -> Spec:
+    """The spec with a storage.path that outlives a submitted job, whose working directory Ray deletes: a relative one is put below ~/portaisys."""
+    path = options.storage.path
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ or options.storage.remote or Path(path).expanduser().is_absolute():
+        return options
+    return options.model_copy(update={"storage": options.storage.model_copy(update={"path": str(Path.home() / "portaisys" / path)})})
+
+
+def _lineage(stages: Sequence[Stage], target: str) -> list[Stage]:
+    """The stage of that name and all it depends on, in the order of the plan."""
+    wanted = {target}
+    for stage in reversed(stages):
+        wanted |= set(stage.parents.values()) if stage.name in wanted else set()
+    return [stage for stage in stages if stage.name in wanted]
+
+
 def run_folder(options: Spec) -> Path:
     """Where the run's artifacts stand on this machine."""
     root = options.storage.cache_dir / "runs" if options.storage.remote else Path(options.storage.path).expanduser().resolve()
@@ -146,7 +183,7 @@ def preflight(options: Spec, splits: Splits, looks: int) -> None:
 
 
 def _one(
-    options: Spec, stage: Stage, done: Mapping[str, Artifact], splits: Splits, registry: Registry, folder: Path, tell: Tell
+    options: Spec, stage: Stage, done: Mapping[str, Artifact], splits: Splits, registry: Registry | None, folder: Path, tell: Tell
 ) -> tuple[Artifact, bool]:
     parents = {role: done[name] for role, name in stage.parents.items()}
     sections = _sections(options, stage)
@@ -167,7 +204,7 @@ def _one(
     )  # fmt: skip
     job = Job(
         options, stage.kind, key, stage.options, parents, splits, train=partial(_train, options, fit, partial(tell, stage.name)),
-        looks=partial(registry.record_looks, splits.test_digest), tell=partial(tell, stage.name),
+        looks=partial(_record_looks, registry, splits.test_digest), tell=partial(tell, stage.name),
     )  # fmt: skip
     tell(stage.name)
     with artifact.writing(place, kind=stage.kind, key=key, parents=digests, spec=sections) as draft:
@@ -176,6 +213,11 @@ def _one(
     _finish(options, made, uri, work)
     tell(stage.name, f"{made.seconds:.1f} s", 1.0, "done")
     return made, False
+
+
+def _record_looks(registry: Registry | None, test_digest: str, candidates: Sequence[str]) -> int:
+    assert registry, "only a run with a registry may look at the test split"
+    return registry.record_looks(test_digest, candidates)
 
 
 def _finish(options: Spec, made: Artifact, uri: str, work: Path) -> None:

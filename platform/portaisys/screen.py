@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -72,6 +72,34 @@ def candidates_table(rows: Sequence[Mapping[str, Any]], best: str) -> Table:
         chosen = row["engine"] == best and row["admissible"]
         table.add_row(*report.cells(row), style="green" if chosen else None)
     return table
+
+
+def stage_table(made: Any) -> None:
+    """What one stage left, and where."""
+    places = Table(box=None, show_header=False)
+    scores = ", ".join(f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}" for name, value in made.scores.items())
+    for name, value in (("stage", made.kind), ("scores", scores), ("digest", made.digest[:12]), ("artifact", made.path)):
+        places.add_row(f"[bold]{name}", str(value))
+    console.print(places)
+
+
+def search_table(found: Any, objectives: Iterable[str]) -> None:
+    """The Pareto front, what became of the other trials, and where everything lies."""
+    front = [trial for trial in found.trials if trial.id in found.front]
+    table = Table("trial", *objectives, "values", title="Pareto front (validation split; latency alone, batch 1)", box=box.SIMPLE, pad_edge=False)
+    for trial in sorted({trial.id: trial for trial in front}.values(), key=lambda trial: next(iter(trial.values.values()))):
+        tried = ", ".join(f"{path.split('.', 1)[-1]}={value:.3g}" if isinstance(value, float) else f"{path.split('.', 1)[-1]}={value}" for path, value in trial.params.items())
+        table.add_row(trial.id, *(f"{trial.values[name]:,.4g}" if trial.values[name] < 1e4 else f"{trial.values[name]:,.0f}" for name in objectives), tried)
+    console.print(table)
+    states = [trial.state for trial in found.trials]
+    console.print(", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)), highlight=False)
+    for trial in found.trials:
+        if trial.state in ("failed", "invalid"):
+            console.print(f"{trial.id} {trial.state}: {trial.because}", highlight=False, soft_wrap=True)
+    places = Table(box=None, show_header=False)
+    for name, place in (("best spec", found.best or "-"), ("chosen as", found.because), ("report", found.report), ("trials", found.folder / "trials.jsonl")):
+        places.add_row(f"[bold]{name}", str(place))
+    console.print(places)
 
 
 def versions_table(versions: Sequence[Any]) -> Table:

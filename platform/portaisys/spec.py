@@ -186,12 +186,23 @@ class Train(Section):
 
 
 class Prune(Section):
-    """Structured pruning until at least these fractions of the multiply-accumulates and parameters are gone."""
+    """Structured pruning until at least these fractions of the multiply-accumulates and parameters are gone.
+
+    Or, with `ratios`, this fraction of the channels of each stage (convnet) or of the neurons of each block
+    (transformer), once: what a search over stages varies.
+    """
 
     mac_cut: float = Field(0.5, gt=0, lt=1)
     parameter_cut: float = Field(0.0, ge=0, lt=1)
+    ratios: tuple[Annotated[float, Field(ge=0, lt=1)], ...] | None = None
     round_to: int = Field(8, ge=1)
     steps: int = Field(20, ge=1)
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Prune:
+        if self.ratios is not None and (self.mac_cut, self.parameter_cut) != (0.5, 0.0):
+            raise ValueError(".ratios: they decide what is cut, so mac_cut and parameter_cut cannot be met as well; leave those out")
+        return self
 
 
 class Distill(Section):
@@ -284,11 +295,39 @@ class Gate(Section):
     latency_pairs: int = Field(300, ge=20)
 
 
+OBJECTIVES = {"validation_error": "min", "validation_accuracy": "max", "latency_ms": "min", "parameters": "min", "macs": "min"}
+
+
+class EarlyStop(Section):
+    """Asynchronous successive halving (Li et al. 2020, arXiv:1810.05934) on validation error: after `grace_epochs`, one in `reduction` goes on."""
+
+    grace_epochs: int = Field(1, ge=1)
+    reduction: int = Field(3, ge=2)
+
+
 class Search(Section):
     """Hyperparameter search. Read by `tune`, not by `run`; the search space itself is a file of tune_spaces/."""
 
     trials: int = Field(20, ge=1)
-    seed: int = 0
+    max_concurrent: int = Field(1, ge=1)
+    seed: int = Field(0, ge=0)
+    objectives: dict[str, Literal["min", "max"]] = {"validation_error": "min", "latency_ms": "min", "parameters": "min"}
+    early_stop: EarlyStop | None = None
+    latency_rounds: int = Field(100, ge=20)
+
+    @field_validator("objectives")
+    @classmethod
+    def _objectives_agree(cls, objectives: dict[str, str]) -> dict[str, str]:
+        for name, direction in objectives.items():
+            if name not in OBJECTIVES:
+                raise ValueError(f"{name!r} is not one of {', '.join(OBJECTIVES)}")
+            if direction != OBJECTIVES[name]:
+                raise ValueError(f"{name}: {direction} contradicts what a model is for; write {name}: {OBJECTIVES[name]}")
+        if {"validation_error", "validation_accuracy"} <= objectives.keys():
+            raise ValueError("validation_error and validation_accuracy are the same objective with opposite signs; keep one")
+        if not objectives:
+            raise ValueError(f"at least one of {', '.join(OBJECTIVES)} is needed")
+        return objectives
 
 
 class Serve(Section):
@@ -422,6 +461,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise SpecError(f"override {override!r}: {text!r} is not a YAML value; lists are written [1, 2]") from None
+    put(tree, path, value)
+
+
+def put(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set `section.key` or `section.0.key` of a plain tree in place. Raises SpecError where nothing can stand."""
     node: Any = tree
     *parents, last = path.split(".")
     for part in parents:

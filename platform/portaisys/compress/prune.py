@@ -26,6 +26,10 @@ def prune(model: nn.Module, shape: Sequence[int], options: Prune, classes: int) 
     before = now = count(model, shape)
     if not before["macs"]:
         raise UserError("compress.prune: this model has no multiply-accumulates that can be counted, so none can be cut; remove the step")
+    if options.ratios is not None:
+        _pruner(model, shape, options, classes, _by_stage(model, options.ratios)).step()
+        _check_outputs(model, shape, classes)
+        return _figures(before, count(model, shape))
     pruner = _pruner(model, shape, options, classes)
     for _ in range(options.steps):
         if _enough(before, now, options):
@@ -38,7 +42,20 @@ def prune(model: nn.Module, shape: Sequence[int], options: Prune, classes: int) 
             f"compress.prune: mac_cut {options.mac_cut} and parameter_cut {options.parameter_cut} cannot be met; this model reaches at most "
             f"mac_cut {_cut(before, now, 'macs'):.3f} and parameter_cut {_cut(before, now, 'parameters'):.3f} with round_to {options.round_to}; ask for less"
         )
+    return _figures(before, now)
+
+
+def _figures(before: dict[str, int], now: dict[str, int]) -> dict[str, Any]:
     return {**now, "mac_cut": _cut(before, now, "macs"), "parameter_cut": _cut(before, now, "parameters")}
+
+
+def _by_stage(model: nn.Module, ratios: Sequence[float]) -> dict[nn.Module, float]:
+    """The ratio of each module that says (`stage`) to which stage of the architecture it belongs."""
+    staged = {module: stage for module in model.modules() if isinstance(stage := getattr(module, "stage", None), int)}
+    stages = 1 + max(staged.values(), default=-1)
+    if stages != len(ratios):
+        raise UserError(f"compress.prune.ratios: {len(ratios)} ratios for a model of {stages} stages; give one a stage, or take mac_cut, which needs none")
+    return {module: ratios[stage] for module, stage in staged.items()}
 
 
 def _check_outputs(model: nn.Module, shape: Sequence[int], classes: int) -> None:
@@ -56,14 +73,15 @@ def _cut(before: dict[str, int], now: dict[str, int], what: str) -> float:
     return 1 - now[what] / before[what]
 
 
-def _pruner(model: nn.Module, shape: Sequence[int], options: Prune, classes: int) -> Any:
+def _pruner(model: nn.Module, shape: Sequence[int], options: Prune, classes: int, ratios: dict[nn.Module, float] | None = None) -> Any:
     # No width is left below an eighth of what it was: beyond that a model is another one, not a pruned one.
     return torch_pruning.pruner.BasePruner(
         model,
         torch.zeros(2, *shape),
         importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
-        pruning_ratio=0.875,
-        iterative_steps=options.steps,
+        pruning_ratio=0.875 if ratios is None else 0.0,
+        pruning_ratio_dict=ratios,
+        iterative_steps=options.steps if ratios is None else 1,
         ignored_layers=_kept(model, classes),
         round_to=options.round_to,
     )

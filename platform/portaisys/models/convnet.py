@@ -10,10 +10,11 @@ from portaisys.spec import UserError
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut. x_BCHW -> [B, width, H / stride, W / stride]."""
+    """Two 3x3 convolutions and a shortcut. x_BCHW -> [B, width, H / stride, W / stride]. `stage`: whose width it has."""
 
-    def __init__(self, channels: int, width: int, stride: int) -> None:
+    def __init__(self, channels: int, width: int, stride: int, stage: int = 0) -> None:
         super().__init__()
+        self.stage = stage
         self.conv1 = _conv(channels, width, stride)
         self.norm1 = nn.BatchNorm2d(width)
         self.conv2 = _conv(width, width, 1)
@@ -39,8 +40,8 @@ def convnet(options: spec.ConvNet, shape: tuple[int, ...], classes: int) -> nn.M
     strides = options.strides or (1, *[2] * (len(options.channels) - 1))
     layers: list[nn.Module] = [_conv(shape[0], stem, options.stem_stride), nn.BatchNorm2d(stem), nn.ReLU()]
     channels = stem
-    for width, depth, stride in zip(options.channels, options.blocks, strides, strict=True):
+    for stage, (width, depth, stride) in enumerate(zip(options.channels, options.blocks, strides, strict=True)):
         for index in range(depth):
-            layers.append(Block(channels, width, 1 if index else stride))
+            layers.append(Block(channels, width, 1 if index else stride, stage))
             channels = width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))

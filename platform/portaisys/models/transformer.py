@@ -32,8 +32,9 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """Attention and feed-forward, each behind a norm and around a residual."""
 
-    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+    def __init__(self, dim: int, heads: int, hidden: int, stage: int = 0) -> None:
         super().__init__()
+        self.stage = stage
         self.norm1, self.attention = nn.LayerNorm(dim), Attention(dim, heads)
         self.norm2, self.up, self.down = nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
@@ -51,7 +52,7 @@ class Encoder(nn.Module):
         dim, hidden = options.dim, int(options.dim * options.mlp_ratio)
         self.patches = nn.Conv2d(channels, dim, options.patch, options.patch)
         self.position = nn.Parameter(torch.randn(1, tokens, dim) * 0.02)
-        self.layers = nn.ModuleList(Layer(dim, options.heads, hidden) for _ in range(options.depth))
+        self.layers = nn.ModuleList(Layer(dim, options.heads, hidden, stage) for stage in range(options.depth))
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:

@@ -1,0 +1,623 @@
+"""A base spec and a search space in; trials on Ray Tune, the Pareto front and the best spec out.
+
+The study (Optuna's journal) is the record: a driver that died goes on with it, finished trials are not run again and
+those it had begun go on from their own checkpoints. A trial sees the validation split only; the test split is the gate's.
+Knows no training: a trial is `launch.run` up to its engine, in the trial's own process when it has one worker.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import statistics
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+import ray
+import yaml
+from numpy.typing import NDArray
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from pydantic import ValidationError, model_validator
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from ray.tune.search.optuna import OptunaSearch
+from ray.util import placement_group_table, remove_placement_group
+
+from portaisys import artifact, data, evaluate, launch, metrics, report, spec, stages, store
+from portaisys.engine import Engine, Options
+from portaisys.engine.cache import get_or_build, load
+from portaisys.export import INPUT, OUTPUT, export
+from portaisys.launch import Tell
+from portaisys.spec import Section, Spec, SpecError, UserError
+
+STUDY = "study.journal"
+Params = Mapping[str, Any]
+Report = Callable[[Mapping[str, float]], None]
+Evaluate = Callable[[Params, Report], Mapping[str, Any]]
+
+_log = logging.getLogger(__name__)
+
+
+# --- what is searched ---------------------------------------------------------------------------------------------
+
+
+class Range(Section):
+    """Numbers from low to high, both included; whole numbers when both are."""
+
+    low: int | float
+    high: int | float
+    log: bool = False
+    step: int | float | None = None
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Range:
+        if not self.low < self.high:
+            raise ValueError(f"low {self.low} is not below high {self.high}")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("log: needs a low above 0 and no step")
+        return self
+
+    @property
+    def ends(self) -> tuple[int | float, int | float]:
+        return self.low, self.high
+
+
+Choices = tuple[int | float | str | bool, ...]
+Dimension = Range | Choices
+Space = Mapping[str, Dimension]
+
+
+class SearchFile(Section):
+    """A file of tune_spaces/: `spec` (a path from the file), `set` in it, `set_in_trials` only (shorter training, say), `search`, `space`."""
+
+    spec: str
+    set: dict[str, Any] = {}
+    set_in_trials: dict[str, Any] = {}
+    search: dict[str, Any] = {}
+    space: dict[str, Range | list[int | float | str | bool]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A resolved search. `base`: what the best spec is made from; `shared`: dotted values that only the trials get."""
+
+    base: Spec
+    shared: Mapping[str, Any]
+    space: Space
+
+    def trial_spec(self, params: Params, **changes: Any) -> Spec:
+        """The spec of a trial. Raises SpecError when values do not go together."""
+        return with_values(self.base, {**self.shared, **params, **changes})
+
+    @property
+    def digest(self) -> str:
+        """What makes two searches the same: all but how long and how wide they search."""
+        tree = spec.dump(self.base)
+        tree["search"] = {name: value for name, value in tree["search"].items() if name not in ("trials", "max_concurrent")}
+        return spec.digest([tree, dict(self.shared), {path: _plain(values) for path, values in self.space.items()}])
+
+
+def with_values(base: Spec, values: Mapping[str, Any]) -> Spec:
+    """The spec with dotted paths set. Raises SpecError naming the path."""
+    tree = spec.dump(base)
+    for path, value in values.items():
+        spec.put(tree, path, value)
+    return spec.parse(tree)
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> Problem:
+    """A file of tune_spaces/, with `section.key=value` overrides of its base spec. Raises SpecError naming the path."""
+    try:
+        file = SearchFile.model_validate(yaml.safe_load(path.read_text()))
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path}: not valid YAML: {error}") from None
+    except ValidationError as error:
+        raise SpecError("\n".join(f"{path}: {'.'.join(map(str, item['loc'][:2])) or 'file'}: {item['msg']}" for item in error.errors())) from None
+    space = {name: values if isinstance(values, Range) else tuple(values) for name, values in file.space.items()}
+    settings = {**file.set, **{f"search.{name}": value for name, value in file.search.items()}}
+    base = spec.load(path.parent / file.spec, [*(f"{name}={json.dumps(value)}" for name, value in settings.items()), *overrides])
+    said = {override.partition("=")[0] for override in overrides}
+    problem = Problem(base, {name: value for name, value in file.set_in_trials.items() if name not in said}, space)
+    _check_space(problem, path)
+    return problem
+
+
+def _check_space(problem: Problem, path: Path) -> None:
+    """Every end and choice of every dimension must stand in the spec by itself: a misspelt key is found now, not in a trial."""
+    if not problem.space:
+        raise SpecError(f"{path}: space: is empty; name at least one key of the spec with a range or a list")
+    for name, values in problem.space.items():
+        if not isinstance(values, Range) and not (values and len(set(values)) == len(values)):
+            raise SpecError(f"{path}: space.{name}: a list needs at least one choice, and each of them once")
+        for value in values.ends if isinstance(values, Range) else values:
+            try:
+                problem.trial_spec({name: value})
+            except SpecError as error:
+                raise SpecError(f"{path}: space.{name}: {value!r} cannot stand there: {error}") from None
+
+
+def _plain(values: Dimension) -> Any:
+    return values.model_dump() if isinstance(values, Range) else list(values)
+
+
+# --- trials ---------------------------------------------------------------------------------------------------------
+
+State = Literal["done", "stopped", "failed", "invalid"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An ended trial. `values`: objective -> value when done; `seconds`: of its process; `because`: empty when done."""
+
+    id: str
+    state: State
+    params: Params
+    values: Mapping[str, float] | None
+    seconds: float
+    because: str
+
+
+def trial_id(params: Params) -> str:
+    """Names a trial after what it tries: the same values are the same trial, whenever and wherever they are tried."""
+    return spec.digest(dict(params))[:10]
+
+
+def search(
+    evaluate: Evaluate, space: Space, options: spec.Search, folder: Path, *, resources: Mapping[str, float] | None = None, tell: Tell | None = None
+) -> list[Trial]:
+    """Try until `options.trials` trials have ended, those of an earlier driver in `folder` counted; all ended ones, in order.
+
+    `evaluate(params, report)` runs in a process of its own with `resources` and returns at least the objectives; what it
+    reports per epoch (`validation_error`, `epoch`) is what early stopping sees. Needs a Ray cluster (launch.on_ray).
+    """
+    study = _study(folder, options)
+    again = _take_up(study)
+    left = options.trials - len(_ended(study))
+    if tell:
+        tell("search", f"{len(_ended(study))} of {options.trials} trials ended before, {again} begun ones go on", len(_ended(study)) / options.trials)
+    if left > 0:
+        _run_tune(evaluate, space, options, folder, left, resources or {"CPU": 1}, tell)
+    return _ended(_study(folder, options))
+
+
+def _storage(folder: Path) -> Any:
+    folder.mkdir(parents=True, exist_ok=True)
+    return JournalStorage(JournalFileBackend(str(folder / STUDY)))
+
+
+def _study(folder: Path, options: spec.Search) -> Any:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    directions = ["minimize" if mode == "min" else "maximize" for mode in options.objectives.values()]
+    return optuna.create_study(storage=_storage(folder), study_name="search", directions=directions, load_if_exists=True)
+
+
+def _take_up(study: Any) -> int:
+    """Trials that a dead driver had begun are asked for again, with their values; returns how many."""
+    begun = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    for trial in begun:
+        study.tell(trial.number, state=TrialState.FAIL)
+        study.enqueue_trial(trial.params)
+    return len(begun)
+
+
+def _ended(study: Any) -> list[Trial]:
+    """Trials that came to an end, not those that a dead driver left."""
+    found = [trial for trial in study.get_trials(deepcopy=False) if "ended" in trial.user_attrs]
+    return [Trial(trial_id(trial.params), params=dict(trial.params), **trial.user_attrs["ended"]) for trial in found]
+
+
+def _run_tune(evaluate: Evaluate, space: Space, options: spec.Search, folder: Path, count: int, resources: Mapping[str, float], tell: Tell | None) -> None:
+    # Early stopping reports its one metric and not the objectives, which only a finished trial has.
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints tables whatever `verbose` says
+    _check_room(options, resources)
+    groups = _placement_groups()
+    trainable = tune.with_resources(tune.with_parameters(_trainable, evaluate=evaluate), dict(resources))
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=_searcher(space, options, folder), scheduler=_scheduler(options.early_stop), num_samples=count,
+            max_concurrent_trials=options.max_concurrent, reuse_actors=True, trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        # A new name every time: with an old one Ray would go on by itself. What goes on is our study.
+        run_config=tune.RunConfig(
+            name=uuid.uuid4().hex[:8], storage_path=str((folder / "ray").resolve()), verbose=0, callbacks=[_Progress(tell, options.trials - count, options.trials)] if tell else [],
+            failure_config=tune.FailureConfig(max_failures=1), checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+        ),
+    )  # fmt: skip
+    tuner.fit()
+    _remove_leaked(groups)
+
+
+def _check_room(options: spec.Search, resources: Mapping[str, float]) -> None:
+    have = ray.cluster_resources()
+    for kind, count in resources.items():
+        if have.get(kind, 0) < count * options.max_concurrent:
+            raise UserError(
+                f"search.max_concurrent: {options.max_concurrent} trials at once need {count * options.max_concurrent:g} {kind} and the cluster has "
+                f"{have.get(kind, 0):g}; lower it or add nodes"
+            )
+
+
+def _trainable(config: Params, evaluate: Evaluate) -> None:
+    """A trial in its process. What the user can put right ends the trial with its reason, not the search."""
+    started = time.monotonic()
+    try:
+        found = dict(evaluate(config, lambda values: tune.report(dict(values))))
+    except UserError as error:
+        found = {"because": str(error)}
+    tune.report({**found, "ended": True, "seconds": time.monotonic() - started})
+
+
+class _Recorded(OptunaSearch):  # type: ignore[misc]
+    """Ray's searcher leaves a trial without all its objectives (stopped, failed, NaN) open for ever; here each gets its end."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        end = _end(result or {}, error, self.metric)
+        trial = self._ot_trials[trial_id]
+        trial.set_user_attr("ended", end)
+        if end["values"] is None:
+            self._ot_study.tell(trial, state=TrialState.FAIL)
+        else:
+            self._ot_study.tell(trial, list(end["values"].values()))
+
+
+def _searcher(space: Space, options: spec.Search, folder: Path) -> OptunaSearch:
+    return _Recorded(
+        {name: _distribution(values) for name, values in space.items()},
+        metric=list(options.objectives), mode=list(options.objectives.values()), sampler=_sampler(options, folder), storage=_storage(folder), study_name="search",
+    )  # fmt: skip
+
+
+def _sampler(options: spec.Search, folder: Path) -> Any:
+    """TPE (Bergstra et al. 2011; several objectives: Ozaki et al. 2022) that knows of trials still running."""
+    begun = len(_study(folder, options).get_trials(deepcopy=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        # Seeded anew on resumption, else a second driver would draw the first one's random trials again.
+        return optuna.samplers.TPESampler(seed=options.seed + begun, n_startup_trials=max(4, options.trials // 4), multivariate=True, constant_liar=True)
+
+
+def _distribution(values: Dimension) -> Any:
+    if not isinstance(values, Range):
+        return CategoricalDistribution(values)
+    if isinstance(values.low, int) and isinstance(values.high, int):
+        return IntDistribution(values.low, values.high, log=values.log, step=int(values.step or 1))
+    return FloatDistribution(values.low, values.high, log=values.log, step=values.step)
+
+
+def _scheduler(early_stop: spec.EarlyStop | None) -> Any:
+    if early_stop is None:
+        return FIFOScheduler()
+    return ASHAScheduler(
+        time_attr="epoch", metric="validation_error", mode="min", grace_period=early_stop.grace_epochs, reduction_factor=early_stop.reduction, max_t=10**6
+    )
+
+
+def _end(result: Mapping[str, Any], error: bool, objectives: Sequence[str]) -> dict[str, Any]:
+    """How a trial ended, from its last report."""
+    seconds = float(result.get("seconds", result.get("time_total_s", 0.0)))
+    if error or not result:
+        return {"state": "failed", "values": None, "seconds": seconds, "because": "its process failed or died; Ray's logs have the cause"}
+    if result.get("because"):
+        return {"state": "failed", "values": None, "seconds": seconds, "because": str(result["because"])}
+    if not result.get("ended"):
+        return {"state": "stopped", "values": None, "seconds": seconds, "because": f"stopped early at validation error {result.get('validation_error', math.nan):.4f}"}
+    values = {name: float(result.get(name, math.nan)) for name in objectives}
+    odd = [name for name, value in values.items() if not math.isfinite(value)]
+    if odd:
+        return {"state": "invalid", "values": None, "seconds": seconds, "because": f"{', '.join(odd)} is not a finite number, so the trial cannot be ranked"}
+    return {"state": "done", "values": values, "seconds": seconds, "because": ""}
+
+
+class _Progress(tune.Callback):  # type: ignore[misc]
+    """A line a trial that ended."""
+
+    def __init__(self, tell: Tell, ended: int, trials: int) -> None:
+        self._tell, self._ended, self._trials = tell, ended, trials
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune writes its callbacks to disk; a terminal does not go there
+
+    def _one(self) -> None:
+        self._ended += 1
+        self._tell("search", f"{self._ended} of {self._trials} trials", self._ended / self._trials)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._one()
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._one()
+
+
+def _placement_groups() -> set[str]:
+    return {name for name, about in placement_group_table().items() if about["state"] != "REMOVED"}
+
+
+def _remove_leaked(before: set[str]) -> None:
+    """Tune stopping a trial that runs Ray Train may leave its placement group (Ray 2.60); its GPUs would be lost for good."""
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup
+
+    deadline = time.monotonic() + 10.0  # those that were not left are taken down a moment after their trials
+    while (left := _placement_groups() - before) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for name in left:
+        _log.warning("placement group %s was left by a trial and is removed", name)
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+
+
+# --- fronts -------------------------------------------------------------------------------------------------------
+
+
+def costs(trials: Sequence[Trial], objectives: Mapping[str, str]) -> NDArray[np.float64]:
+    """Values of finished trials, [trials, objectives], signs turned so that less is better."""
+    return np.array([[(trial.values or {})[name] * (1 if mode == "min" else -1) for name, mode in objectives.items()] for trial in trials], dtype=float).reshape(-1, len(objectives))
+
+
+def front(points: NDArray[np.float64]) -> list[int]:
+    """Indices of the rows of `points` [n, objectives] (less is better) that no other row dominates; of equal rows the first."""
+    kept: list[int] = []
+    for index, point in enumerate(points):
+        dominated = ((points <= point).all(1) & (points < point).any(1)).any()
+        twin = any((points[other] == point).all() for other in kept)
+        if not dominated and not twin:
+            kept.append(index)
+    return kept
+
+
+def hypervolume(points: NDArray[np.float64], reference: NDArray[np.float64]) -> float:
+    """Volume dominated by the rows of `points` (less is better) below `reference` (Zitzler & Thiele 1998)."""
+    from optuna._hypervolume import compute_hypervolume  # exact (WFG); private, hence the bound on optuna's version and a test
+
+    inside = points[(points < reference).all(1)]
+    return float(compute_hypervolume(inside, reference)) if len(inside) else 0.0
+
+
+def hypervolume_history(points: NDArray[np.float64], reference: NDArray[np.float64]) -> list[dict[str, float]]:
+    """Hypervolume after each finished trial."""
+    return [{"trials": count, "value": hypervolume(points[:count], reference)} for count in range(1, len(points) + 1)]
+
+
+# --- the search of a spec -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search left. `best`: a file that `portaisys run` takes, or None when no trial came to an end."""
+
+    folder: Path
+    trials: Sequence[Trial]
+    front: Sequence[str]
+    best: Path | None
+    because: str
+    report: Path
+
+
+def run(problem: Problem, tell: Tell) -> Found:
+    """Search, time what was found alone, write trials.jsonl, search.json, best.yaml and the report. Raises UserError."""
+    options = problem.base.search
+    folder = launch.run_folder(problem.base) / "search"
+    _claim(problem, folder)
+    resources = _resources(problem)
+    with artifact.locked(folder), launch.on_ray(math.ceil(options.max_concurrent * (resources["CPU"] + _workers(problem) * problem.base.train.cpus_per_worker))):
+        reference = _reference(problem, folder)
+        trials = search(partial(evaluate_spec, problem=problem, folder=str(folder), reference=reference), problem.space, options, folder, resources=resources, tell=tell)
+        tell("search", f"{len(trials)} trials ended", 1.0, "done")
+        if "latency_ms" in options.objectives:
+            trials = _timed_alone(problem, folder, trials, resources, tell)
+    return _write(problem, folder, trials)
+
+
+def _claim(problem: Problem, folder: Path) -> None:
+    """The folder belongs to one search: another one under the same name is refused, the same one goes on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"digest": problem.digest, "spec": spec.dump(problem.base), "set_in_trials": dict(problem.shared), "space": {n: _plain(v) for n, v in problem.space.items()}}
+    file = folder / "problem.json"
+    if file.exists() and json.loads(file.read_text())["digest"] != problem.digest:
+        raise UserError(f"name: {problem.base.name!r} already holds another search ({file}); take another name (name=...), or delete {folder}")
+    artifact.write_text(file, json.dumps(about, indent=1, sort_keys=True))
+
+
+def _workers(problem: Problem) -> int:
+    """Workers beside the trial's own process: one worker trains in it, which saves 15-20 s a trial."""
+    workers = problem.trial_spec({}).train.num_workers
+    return workers if workers > 1 else 0
+
+
+def _resources(problem: Problem) -> dict[str, float]:
+    train = problem.base.train
+    here = _workers(problem) == 0
+    return {"CPU": float(train.cpus_per_worker)} | ({"GPU": 1} if train.use_gpu and here else {})
+
+
+def evaluate_spec(params: Params, report: Report, problem: Problem, folder: str, reference: bytes) -> dict[str, Any]:
+    """One trial: its stages up to the last ONNX file, its engine scored on the validation split and timed against a fixed one."""
+    options = _trial_options(problem, params, Path(folder))
+    made = launch.produce(options, _target(options), _reporter(launch.run_folder(options), report))
+    engine = _engine(options, made.file("model.onnx"))
+    splits = data.load(options.data)
+    answers = evaluate.predict_rows(_runner(engine), splits.validation.x, options.export.max_batch)
+    error = 1 - evaluate.accuracy(answers, splits.validation.y)
+    values = {"validation_error": error, "validation_accuracy": 1 - error, "parameters": float(made.scores["parameters"]), "macs": float(made.scores["macs"])}
+    if "latency_ms" in options.search.objectives:
+        row = splits.calibration.x[:1]
+        values["latency_ms"] = _relative_ms(options, engine, reference, row)
+    engine.close()
+    return values
+
+
+def _trial_options(problem: Problem, params: Params, folder: Path) -> Spec:
+    base = problem.base.storage.path
+    place = f"{base}/{problem.base.name}/search/trials" if problem.base.storage.remote else str(folder / "trials")
+    alone = {} if _workers(problem) else {"train.num_workers": 0}
+    return problem.trial_spec(params, **{"name": trial_id(params), "storage.path": place, **alone})
+
+
+def _target(options: Spec) -> str:
+    """The stage whose file would be served: int8 where the spec quantizes, else the smallest fp32."""
+    return [stage.name for stage in launch.plan(options) if stage.kind in ("export", "quantize")][-1]
+
+
+def _reporter(folder: Path, report: Report) -> Tell:
+    """A `Tell` that reports each epoch's validation error, counted over all training stages, for early stopping."""
+    seen = 0
+
+    def tell(stage: str, text: str = "", fraction: float | None = None, state: str = "running") -> None:
+        nonlocal seen
+        rows = [row for log in sorted((folder / "logs").glob("*.jsonl"), key=lambda log: log.stat().st_mtime) for row in metrics.read(log) if "validation_accuracy" in row]
+        for row in rows[seen:]:
+            seen += 1
+            report({"validation_error": 1 - row["validation_accuracy"], "epoch": seen})
+
+    return tell
+
+
+def _engine(options: Spec, onnx: Path) -> Engine:
+    precision = "int8" if options.quantize and "int8" in options.precisions and onnx.parent.name == "quantize" else "fp32"
+    settings = Options(precision, options.export.opt_batch, options.export.max_batch, options.engine.threads)
+    return load(get_or_build(onnx, options.engine.backend, settings, options.storage.cache_dir / "engines"), settings)
+
+
+def _runner(engine: Engine) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    return lambda x: engine.run({INPUT: x})[OUTPUT]
+
+
+# --- latency --------------------------------------------------------------------------------------------------------
+
+
+def _reference(problem: Problem, folder: Path) -> bytes:
+    """The base spec's model, untrained: the yardstick that every trial times its engine against. Its own milliseconds are taken now."""
+    options = problem.trial_spec({})
+    path = folder / "reference.onnx"
+    if not path.exists():
+        splits = data.load(options.data)
+        export(stages.fresh(options, splits), splits.calibration.x, options.export, path, seed=options.seed)
+    return path.read_bytes()
+
+
+def _relative_ms(options: Spec, engine: Engine, reference: bytes, row: NDArray[Any]) -> float:
+    """Milliseconds of `engine` at batch 1 as the paired ratio to the yardstick: others may train on this machine meanwhile.
+
+    In units of the yardstick. What the front is made from is timed again, alone, in milliseconds.
+    """
+    file = options.storage.cache_dir / f"reference-{spec.digest(reference.hex())[:16]}.onnx"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        artifact.write_bytes(file, reference)
+    yardstick = _engine(options, file)
+    calls = {"engine": partial(engine.run, {INPUT: row}), "yardstick": partial(yardstick.run, {INPUT: row})}
+    ms = evaluate.latency(calls, options.search.latency_rounds, 10, options.seed)
+    yardstick.close()
+    return float(np.median(ms["engine"] / ms["yardstick"]))
+
+
+def _timed_alone(problem: Problem, folder: Path, trials: Sequence[Trial], resources: Mapping[str, float], tell: Tell) -> list[Trial]:
+    """The engines of all finished trials once more, interleaved with each other, while nothing else of the search runs."""
+    done = [trial for trial in trials if trial.state == "done"]
+    if not done:
+        return list(trials)
+    tell("latency", f"{len(done)} engines, interleaved, alone")
+    cpus, gpus = resources["CPU"], resources.get("GPU", 0)
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus)(_time_engines)
+    found: dict[str, float] = ray.get(task.remote(problem, [trial.params for trial in done], str(folder)))
+    tell("latency", f"{min(found.values()):.3f} to {max(found.values()):.3f} ms", 1.0, "done")
+    return [_with_latency(trial, found) for trial in trials]
+
+
+def _with_latency(trial: Trial, ms: Mapping[str, float]) -> Trial:
+    if trial.values is None or trial.id not in ms:
+        return trial
+    return Trial(**{**asdict(trial), "values": {**trial.values, "latency_ms": ms[trial.id]}})
+
+
+def _time_engines(problem: Problem, params: Sequence[Params], folder: str) -> dict[str, float]:
+    """Median milliseconds at batch 1 of each trial's engine, by trial id."""
+    row = data.load(problem.trial_spec({}).data).calibration.x[:1]
+    engines = {}
+    for values in params:
+        options = _trial_options(problem, values, Path(folder))
+        engines[options.name] = _engine(options, _onnx_of(options))
+    calls = {name: partial(engine.run, {INPUT: row}) for name, engine in engines.items()}
+    ms = evaluate.latency(calls, problem.base.search.latency_rounds, 10, problem.base.search.seed)
+    for engine in engines.values():
+        engine.close()
+    return {name: statistics.median(times.tolist()) for name, times in ms.items()}
+
+
+def _onnx_of(options: Spec) -> Path:
+    name = _target(options)
+    place = launch.run_folder(options) / name
+    if options.storage.remote and not place.exists():
+        store.pull(f"{options.storage.path}/{options.name}/{name}", place)
+    return artifact.read(place).file("model.onnx")
+
+
+# --- what is left behind --------------------------------------------------------------------------------------------
+
+
+def choose(trials: Sequence[Trial], options: Spec) -> tuple[Trial, str]:
+    """The best of a front: the fastest (else smallest) whose validation error is within `gate.max_accuracy_drop` of the lowest."""
+    order = next((name for name in ("latency_ms", "macs", "parameters") if name in options.search.objectives), None)
+    errors = {trial.id: _error(trial) for trial in trials}
+    lowest = min(errors.values())
+    near = [trial for trial in trials if errors[trial.id] <= lowest + options.gate.max_accuracy_drop]
+    best = min(near, key=lambda trial: ((trial.values or {})[order] if order else 0.0, errors[trial.id], trial.id))
+    what = f"the least {order}" if order else "the lowest validation error"
+    return best, f"{what} of the {len(near)} on the front within gate.max_accuracy_drop ({options.gate.max_accuracy_drop:g}) of the lowest validation error ({lowest:.4f})"
+
+
+def _error(trial: Trial) -> float:
+    values = trial.values or {}
+    return values.get("validation_error", 1 - values["validation_accuracy"] if "validation_accuracy" in values else 0.0)
+
+
+def _write(problem: Problem, folder: Path, trials: Sequence[Trial]) -> Found:
+    options = problem.base.search
+    done = _distinct([trial for trial in trials if trial.state == "done"])
+    points = costs(done, options.objectives)
+    on_front = [done[index] for index in front(points)]
+    reference = points.max(0) + 0.1 * np.abs(points.max(0)) + 1e-9 if len(done) else np.zeros(len(options.objectives))
+    best, because = choose(on_front, problem.base) if on_front else (None, "no trial came to its end; the reasons stand with the trials")
+    best_file = _write_best(problem, folder, best) if best else None
+    artifact.write_text(folder / "trials.jsonl", "".join(json.dumps(asdict(trial), sort_keys=True) + "\n" for trial in trials))
+    units = {"latency_ms": "ms", "validation_error": "fraction", "validation_accuracy": "fraction"}
+    chosen = [trial.id for trial in on_front]
+    found = {
+        "name": problem.base.name, "seed": options.seed, "sampler": "TPE",
+        "objectives": [{"name": name, "unit": units.get(name, ""), "mode": mode} for name, mode in options.objectives.items()],
+        "space": {name: _plain(values) for name, values in problem.space.items()}, "set_in_trials": dict(problem.shared), "trials": [asdict(trial) for trial in trials],
+        "front": chosen, "hypervolume": hypervolume_history(points, reference),
+        "reference": dict(zip(options.objectives, reference.tolist(), strict=True)), "best": best.id if best else None, "because": because,
+        "best_spec": str(best_file) if best_file else "",
+    }  # fmt: skip
+    artifact.write_text(folder / "search.json", json.dumps(found, indent=1, sort_keys=True))
+    page = report.write_search(folder / "report.html", found)
+    return Found(folder, trials, chosen, best_file, because, page)
+
+
+def _distinct(trials: Sequence[Trial]) -> list[Trial]:
+    """The sampler may try the same values twice; they are one trial."""
+    return list({trial.id: trial for trial in trials}.values())
+
+
+def _write_best(problem: Problem, folder: Path, best: Trial) -> Path:
+    """The base spec with the best trial's values; what only the trials had stays out."""
+    path = folder / "best.yaml"
+    artifact.write_text(path, spec.to_yaml(with_values(problem.base, {**best.params, "name": f"{problem.base.name}-best"[:63]})))
+    return path
