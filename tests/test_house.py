@@ -48,7 +48,7 @@ def test_a_job_script_is_at_most_15_lines(path):
     assert len(path.read_text().splitlines()) <= 15
 
 
-@pytest.mark.parametrize("path", [path for folder in ("jobs", "serve_apps") for path in sorted((ROOT / folder).rglob("*.yaml"))], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [path for folder in ("jobs", "serve_apps", "tune_spaces") for path in sorted((ROOT / folder).rglob("*.yaml"))], ids=lambda path: path.name)
 def test_every_yaml_reads(path):
     assert isinstance(yaml.safe_load(path.read_text()), dict)
 

@@ -2,67 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import secrets
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.error
-import urllib.request
-from pathlib import Path
-
 import pytest
-from conftest import free_port
+from head_node import Cluster
 
-ROOT = Path(__file__).parents[1]
-RAY = Path(sys.executable).parent / "ray"
 TINY = ["train.epochs=2", "model.channels=[8,16]", "model.blocks=[1,1]", "compress=[]", "engine.also_build=[]"]
 
 pytestmark = pytest.mark.cluster
-
-
-class Cluster:
-    """A head node of its own: real processes, a token, a dashboard; gone with its process group."""
-
-    def __init__(self, num_cpus):
-        self.folder = Path(tempfile.mkdtemp(prefix="pj", dir="/tmp"))  # short: Ray's sockets stand below it
-        ports = [free_port() for _ in range(3)]
-        self.dashboard = f"http://127.0.0.1:{ports[1]}"
-        self.open = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))} | {"HOME": str(self.folder)}
-        self.environment = self.open | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}"}
-        command = [
-            RAY, "start", "--head", "--block", "--num-cpus", num_cpus, "--port", ports[0], "--dashboard-port", ports[1], "--ray-client-server-port", ports[2],
-            "--temp-dir", self.folder / "ray", "--disable-usage-stats", "--include-dashboard", "true",
-        ]  # fmt: skip
-        self.process = subprocess.Popen(list(map(str, command)), env=self.environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 90
-        while not self._answers():
-            assert self.process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.2)
-
-    def _answers(self):
-        try:
-            return self.get("/api/jobs/") is not None
-        except (OSError, urllib.error.URLError):
-            return False
-
-    def get(self, path):
-        request = urllib.request.Request(self.dashboard + path, headers={"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"})
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return json.load(answer)
-
-    def submit(self, *entrypoint, environment=None, timeout=300):
-        command = [RAY, "job", "submit", "--address", self.dashboard, "--working-dir", ROOT, "--runtime-env", ROOT / "jobs/runtime_env.yaml", "--", *entrypoint]
-        return subprocess.run(list(map(str, command)), env=environment or self.environment, cwd=self.folder, capture_output=True, text=True, timeout=timeout)
-
-    def stop(self):
-        os.killpg(self.process.pid, signal.SIGKILL)  # SIGTERM takes 20 s, and nothing here is worth waiting for
-        self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _verb(verbs, rollback, "put back the version that was in production before", "portaisys rollback digits", _name_argument, _because_arguments, _storage_arguments)
     _verb(verbs, ledger, "show and check the append-only ledger", "portaisys ledger", _storage_arguments)
     _verb(verbs, serve, "serve a version over HTTP with Ray Serve", "portaisys serve digits@production", _version_argument, _serve_arguments, _storage_arguments)
+    _verb(verbs, deploy, "check a Serve config strictly, deploy it, wait until it runs", "portaisys deploy serve_apps/digits.yaml", _deploy_arguments)
     return parser
 
 
@@ -101,6 +102,11 @@ def _serve_arguments(parser: Any) -> None:
     for flag, default in (("port", 8000), ("replicas", 1), ("threads", 1), ("max-queue", 1024)):
         parser.add_argument(f"--{flag}", type=_positive, default=default, help="default: %(default)s")
     parser.add_argument("--max-batch", type=_positive, help="default: what the version was verified up to")
+
+
+def _deploy_arguments(parser: Any) -> None:
+    parser.add_argument("file", help="a Serve config, for example serve_apps/digits.yaml")
+    parser.add_argument("--address", default="http://127.0.0.1:8265", help="of the Ray dashboard (default: %(default)s)")
 
 
 def _positive(text: str) -> int:
@@ -196,6 +202,13 @@ def serve(options: argparse.Namespace) -> None:
     with serving(arguments, host=options.host, port=options.port) as url:
         console.print(f"ready: {url}/v2/models/{options.reference.partition('@')[0]}/infer (stop with Ctrl-C)", soft_wrap=True)
         until_stopped()
+
+
+def deploy(options: argparse.Namespace) -> None:
+    from portaisys.serve.deploy import deploy as deploy_file
+
+    for found in deploy_file(Path(options.file), options.address, lambda text: console.print(text, highlight=False)):
+        console.print(f"{found.name} is {found.status} below {found.route}")
 
 
 def _registry(options: argparse.Namespace) -> Any:

@@ -103,6 +103,8 @@ def open_reference(reference: str, storage: Storage, limits: Limits, observe: Ca
     number = str(fetched.version.version)
     engines = storage.cache_dir / "engines"
     version = fetched.version
+    if version.verdict != "pass":
+        raise UserError(f"{version}: its verdict is {version.verdict!r} ({version.because}), so it is not served; name a version that passed (portaisys versions {version.name})")
     traced = {"run": version.run_id, "registry": fetched.note or "asked"}
     return open_version(fetched.path, number, engines, limits, observe, name=version.name, digest=version.digest, traced=traced)
 
