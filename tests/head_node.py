@@ -24,15 +24,16 @@ RAY = Path(sys.executable).parent / "ray"
 class Cluster:
     """A head node of its own: real processes, a token, a dashboard; gone with its process group."""
 
-    def __init__(self, num_cpus):
+    def __init__(self, num_cpus, port=None, settings=None, arguments=()):
         self.folder = Path(tempfile.mkdtemp(prefix="pj", dir="/tmp"))  # short: Ray's sockets stand below it
-        ports = [free_port() for _ in range(3)]
+        ports = [port or free_port(), free_port(), free_port()]
         self.dashboard = f"http://127.0.0.1:{ports[1]}"
         self.open = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))} | {"HOME": str(self.folder)}
         self.environment = self.open | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}"}
+        self.environment |= settings or {}
         command = [
             RAY, "start", "--head", "--block", "--num-cpus", num_cpus, "--port", ports[0], "--dashboard-port", ports[1], "--ray-client-server-port", ports[2],
-            "--temp-dir", self.folder / "ray", "--disable-usage-stats", "--include-dashboard", "true",
+            "--temp-dir", self.folder / "ray", "--disable-usage-stats", "--include-dashboard", "true", *arguments,
         ]  # fmt: skip
         self.process = subprocess.Popen(list(map(str, command)), env=self.environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 90

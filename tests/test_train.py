@@ -55,7 +55,7 @@ def killed_at(step):
 def test_it_learns_digits(digits, tmp_path):
     seen = []
     model = train(digits, tmp_path, epochs=10, report=lambda metrics, checkpoint: seen.append(metrics))
-    assert score(model, digits.validation) >= 0.93
+    assert score(model, digits.validation) >= 0.9  # 0.92 to 0.95, by CPU
     assert seen[-1]["step"] == seen[-1]["steps"] == 120
     assert seen[-1]["loss"] < seen[0]["loss"] / 2
 
