@@ -25,7 +25,7 @@ import optuna
 import ray
 from scipy import stats
 
-from portaisys import launch, spec, tune
+from portaisys import cluster, spec, tune
 
 WIDTHS, DEPTHS, RATIOS, RATES = (16, 24, 32, 48, 64, 96), (1, 2, 3, 4, 5), (0.0, 0.2, 0.4, 0.6, 0.8), (0.01, 0.03, 0.1, 0.3)
 SPACE = {"width": WIDTHS, "depth": DEPTHS, "ratio": RATIOS, "rate": RATES}
@@ -110,7 +110,7 @@ def main() -> None:
     options = parser.parse_args()
     slots = 2
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, ray {ray.__version__}, optuna {optuna.__version__}, python {platform.python_version()}")
-    with launch.on_ray(slots):
+    with cluster.on_ray(slots):
         figures = {"hypervolume_over_random": gain(options.seeds, options.trials, slots), "tune_overhead": overhead(options.overhead_trials, slots)}
     if options.json:
         print(json.dumps({"benchmark": "tune_search", "figures": figures}))

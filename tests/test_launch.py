@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -104,14 +105,14 @@ def test_a_second_run_only_reads(finished):
 
 def test_a_changed_option_runs_only_what_depends_on_it(finished):
     folder, outcome = finished
-    again = launch.run(short(folder, "compress.2.quantize.calibration=percentile"), quiet)
+    again = launch.run(short(folder, "compress.2.quantize.calibration=percentile"), quiet, resume=True)
     assert set(outcome.artifacts) - set(again.reused) == {"quantize", "judge", "version"}
 
 
 def test_a_changed_gate_makes_a_new_version_though_every_answer_is_the_same(finished):
     folder, _ = finished
-    outcome = launch.run(short(folder), quiet)
-    again = launch.run(short(folder, "gate.max_accuracy_drop=0.039"), quiet)
+    outcome = launch.run(short(folder), quiet, resume=True)
+    again = launch.run(short(folder, "gate.max_accuracy_drop=0.039"), quiet, resume=True)
     assert set(outcome.artifacts) - set(again.reused) == {"judge", "version"}
     assert again.version.version > outcome.version.version
     assert again.rows[2]["verdicts"]["accuracy"]["figures"]["margin"] == 0.039
@@ -120,7 +121,7 @@ def test_a_changed_gate_makes_a_new_version_though_every_answer_is_the_same(fini
 def test_a_run_that_only_reads_does_not_undo_a_rollback(finished, capsys):
     folder, _ = finished
     changed = short(folder, "gate.max_accuracy_drop=0.039")
-    launch.run(changed, quiet)
+    launch.run(changed, quiet, resume=True)
     assert main(["rollback", "digits", "--because", "a test", "--storage", str(folder / "runs")]) == 0
     back = open_registry(changed.storage).resolve("digits@production")
     launch.run(changed, quiet)
@@ -134,7 +135,7 @@ def test_a_damaged_stage_is_told_and_nothing_else_is_touched(finished):
     whole = model.read_bytes()
     model.write_bytes(whole[:-1])
     with pytest.raises(UserError, match=r"model\.onnx differs from its manifest"):
-        launch.run(short(folder), quiet)
+        launch.run(short(folder), quiet, resume=True)
     model.write_bytes(whole)
 
 
@@ -224,8 +225,26 @@ def test_an_unfinished_run_of_another_spec_is_not_resumed(tmp_path):
         launch.run(short(tmp_path), stop_half_way)
     before = artifact.hash_files(work)
     with pytest.raises(UserError, match="another spec, data or parent"):
-        launch.run(short(tmp_path, "train.learning_rate=0.05"), quiet)
+        launch.run(short(tmp_path, "train.learning_rate=0.05"), quiet, resume=True)
     assert artifact.hash_files(work) == before
+    # Nor without being asked for; the same spec goes on, and says from where.
+    with pytest.raises(UserError, match=r"name: 'digits' was used by another spec \(train\.learning_rate was 0\.05 and is"):
+        launch.run(short(tmp_path), quiet)
+    said = []
+    launch.run(short(tmp_path), lambda stage, text="", fraction=None, state="running": said.append(text), resume=True)
+    assert any(re.fullmatch(r"goes on from step \d+0, where an earlier run stopped", text) for text in said)
+
+
+def test_a_name_used_by_another_spec_is_refused_with_what_differs_and_nothing_changes(finished):
+    folder, _ = finished
+    launch.run(short(folder), quiet, resume=True)
+    before = artifact.hash_files(folder / "runs/digits")
+    for function in (launch.run, launch.train):
+        with pytest.raises(UserError, match=r"name: 'digits' was used by another spec \(train\.epochs was 6 and is 7\); .* --resume"):
+            function(short(folder, "train.epochs=7"), quiet)
+    assert artifact.hash_files(folder / "runs/digits") == before
+    # What is computed is the same: another number of trials, retries or replicas is no other spec.
+    launch.run(short(folder, "search.trials=3", "train.max_failures=7", "serve.num_replicas=2"), quiet)
 
 
 # --- storage beyond this machine ----------------------------------------------------------------------------------

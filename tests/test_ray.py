@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from portaisys import launch, spec
+from portaisys import cluster, launch, spec
 from portaisys.spec import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -66,12 +66,12 @@ def test_several_nodes_need_shared_storage_and_a_registry_server(tmp_path, monke
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    with launch.on_ray(2):
+def ray_cluster():
+    with cluster.on_ray(2):
         yield
 
 
-def test_a_run_whose_worker_was_killed_ends_as_an_undisturbed_one(cluster, tmp_path):
+def test_a_run_whose_worker_was_killed_ends_as_an_undisturbed_one(ray_cluster, tmp_path):
     whole = launch.run(short(tmp_path / "whole"), quiet)
     kill = KillOne()
     cut = launch.run(short(tmp_path / "cut", "train.epochs=4"), kill)
@@ -82,11 +82,11 @@ def test_a_run_whose_worker_was_killed_ends_as_an_undisturbed_one(cluster, tmp_p
     assert cut.artifacts["version"].scores["admitted"] == ["dense fp32"]
 
 
-def test_a_users_error_in_a_worker_reaches_the_user(cluster, tmp_path):
+def test_a_users_error_in_a_worker_reaches_the_user(ray_cluster, tmp_path):
     with pytest.raises(UserError, match=r"lower train\.learning_rate"):
         launch.run(short(tmp_path, "train.learning_rate=1e20", "train.clip_norm=null", "train.max_failures=0"), quiet)
 
 
-def test_more_workers_than_the_cluster_has_are_refused_with_what_is_there(cluster, tmp_path):
+def test_more_workers_than_the_cluster_has_are_refused_with_what_is_there(ray_cluster, tmp_path):
     with pytest.raises(UserError, match=r"train\.num_workers: 16 workers need 16 CPUs and the cluster has 3"):
         launch.run(short(tmp_path, "train.num_workers=16"), quiet)

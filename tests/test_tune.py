@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from portaisys import artifact, launch, spec, tune
+from portaisys import artifact, cluster, spec, tune
 from portaisys.compress.prune import prune
 from portaisys.models import build
 from portaisys.spec import SpecError, UserError
@@ -124,8 +124,8 @@ def test_the_best_is_the_fastest_within_the_gates_drop_of_the_lowest_error():
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    with launch.on_ray(2):
+def ray_cluster():
+    with cluster.on_ray(2):
         yield
 
 
@@ -136,14 +136,15 @@ def make_formula():
         if params["a"] > 0.8:
             raise UserError("train.learning_rate: too large")
         for epoch in (1, 2, 3):
-            report({"validation_error": params["a"] + 0.1 / epoch, "epoch": epoch})
+            # Those to be invalid are bad as well: the best of the others is then never stopped, in whatever order they report.
+            report({"validation_error": params["a"] + 0.1 / epoch + (params["b"] == 2), "epoch": epoch})
         return {"validation_error": params["a"], "latency_ms": float("nan") if params["b"] == 2 else 1 - params["a"], "parameters": 5}
 
     return formula
 
 
 @pytest.mark.cluster
-def test_every_trial_ends_with_its_state_and_nothing_is_left_on_the_cluster(cluster, tmp_path):
+def test_every_trial_ends_with_its_state_and_nothing_is_left_on_the_cluster(ray_cluster, tmp_path):
     options = spec.Search(trials=12, max_concurrent=2, early_stop=spec.EarlyStop())
     trials = tune.search(make_formula(), {"a": Range(low=0.0, high=1.0), "b": (0, 1, 2)}, options, tmp_path)
     by_state = {state: [trial for trial in trials if trial.state == state] for state in ("done", "stopped", "failed", "invalid")}
@@ -159,15 +160,15 @@ def test_every_trial_ends_with_its_state_and_nothing_is_left_on_the_cluster(clus
 
 
 @pytest.mark.cluster
-def test_more_trials_at_once_than_the_cluster_can_hold_are_refused(cluster, tmp_path):
-    with pytest.raises(UserError, match=r"search\.max_concurrent: 64 trials at once need 64 CPU and the cluster has 3"):
+def test_more_trials_at_once_than_the_cluster_can_hold_are_refused(ray_cluster, tmp_path):
+    with pytest.raises(UserError, match=r"search\.max_concurrent: 64 trials at once need 64 CPUs and the cluster has 3"):
         tune.search(make_formula(), {"a": Range(low=0.0, high=1.0), "b": (0, 1)}, spec.Search(max_concurrent=64), tmp_path)
 
 
 DRIVER = """
 import sys, time
 from pathlib import Path
-from portaisys import launch, spec, tune
+from portaisys import cluster, spec, tune
 folder = Path(sys.argv[1])
 def trial(params, report):
     (folder / "begun").mkdir(exist_ok=True)
@@ -175,7 +176,7 @@ def trial(params, report):
     while not (folder / "go").exists() and len(list((folder / "begun").iterdir())) > 4:
         time.sleep(0.05)
     return {"validation_error": params["a"], "latency_ms": 1 - params["a"], "parameters": 1.0}
-with launch.on_ray(2):
+with cluster.on_ray(2):
     for ended in tune.search(trial, {"a": tune.Range(low=0.0, high=1.0)}, spec.Search(trials=8, max_concurrent=2), folder / "search"):
         print("ended", ended.id, ended.state)
 """
@@ -203,7 +204,7 @@ def test_a_killed_driver_is_gone_on_with_and_no_trial_is_lost_or_ended_twice(tmp
 
 
 @pytest.mark.cluster
-def test_a_search_of_a_spec_leaves_trials_front_report_and_a_spec_that_runs(cluster, tmp_path):
+def test_a_search_of_a_spec_leaves_trials_front_report_and_a_spec_that_runs(ray_cluster, tmp_path):
     overrides = ["train.epochs=1", "compress.1.distill.epochs=1", "search.trials=3", "search.latency_rounds=20", "data.validation_rows=100"]
     overrides += [f"storage.path={tmp_path / 'runs'}", f"storage.cache={tmp_path / 'cache'}", "model.blocks=[1,1,1]"]
     problem = tune.read(ROOT / "tune_spaces/prune_digits.yaml", overrides)

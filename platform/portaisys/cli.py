@@ -38,10 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="portaisys", description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True, metavar="verb")
-    _verb(verbs, run, "run every stage of a spec that is not finished, gate, publish", "portaisys run jobs/specs/digits.yaml", _spec_arguments, _promote_argument)
-    _verb(verbs, train, "the training stage of a spec alone", "portaisys train jobs/specs/digits.yaml train.epochs=5", _spec_arguments)
+    _verb(verbs, run, "run every stage of a spec that is not finished, gate, publish", "portaisys run jobs/specs/digits.yaml", _spec_arguments, _promote_argument, _resume_argument)
+    _verb(verbs, train, "the training stage of a spec alone", "portaisys train jobs/specs/digits.yaml train.epochs=5", _spec_arguments, _resume_argument)
     _verb(verbs, tune, "search a space: trials, Pareto front, best spec", "portaisys tune tune_spaces/prune_digits.yaml search.trials=8", _space_arguments)
-    _verb(verbs, demo, "run a spec, then serve it and ask it real requests", "portaisys demo jobs/specs/digits.yaml", _spec_arguments)
+    _verb(verbs, demo, "run a spec, then serve it and ask it real requests", "portaisys demo jobs/specs/digits.yaml", _spec_arguments, _resume_argument)
     _verb(verbs, show_spec, "print the resolved spec, or its JSON schema", "portaisys spec jobs/specs/digits.yaml train.epochs=3", _optional_spec_arguments, name="spec")
     _verb(verbs, versions, "list the versions of a name", "portaisys versions digits", _name_argument, _storage_arguments)
     _verb(verbs, promote, "put a version with a passing verdict in production", "portaisys promote digits@2", _version_argument, _because_arguments, _storage_arguments)
@@ -79,6 +79,10 @@ def _space_arguments(parser: Any) -> None:
 
 def _promote_argument(parser: Any) -> None:
     parser.add_argument("--no-promote", action="store_true", help="publish as candidate only")
+
+
+def _resume_argument(parser: Any) -> None:
+    parser.add_argument("--resume", action="store_true", help="go on under a name that another spec has used; what still holds is reused")
 
 
 def _name_argument(parser: Any) -> None:
@@ -123,7 +127,7 @@ def run(options: argparse.Namespace) -> None:
 
     resolved = _settled(spec.load(options.file, options.overrides))
     with Screen() as tell:
-        outcome = launch.run(resolved, tell, promote=not options.no_promote)
+        outcome = launch.run(resolved, tell, promote=not options.no_promote, resume=options.resume)
     closing_table(outcome)
 
 
@@ -132,7 +136,7 @@ def train(options: argparse.Namespace) -> None:
 
     resolved = _settled(spec.load(options.file, options.overrides))
     with Screen() as tell:
-        made = launch.train(resolved, tell)
+        made = launch.train(resolved, tell, resume=options.resume)
     stage_table(made)
 
 
@@ -158,7 +162,7 @@ def tune(options: argparse.Namespace) -> None:
 def demo(options: argparse.Namespace) -> None:
     from portaisys import demo as show
 
-    show.run(spec.load(options.file, options.overrides))
+    show.run(spec.load(options.file, options.overrides), resume=options.resume)
 
 
 def show_spec(options: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from portaisys import data, evaluate, launch
+from portaisys import cluster, data, evaluate, launch
 from portaisys.screen import Screen, closing_table, console
 from portaisys.serve.app import ServeArgs
 from portaisys.serve.local import serving
@@ -20,13 +20,13 @@ from portaisys.spec import Spec, UserError
 REQUESTS = 200
 
 
-def run(options: Spec) -> None:
+def run(options: Spec, *, resume: bool = False) -> None:
     """Run the stages (reusing finished ones), serve NAME@VERSION, score it through HTTP on the validation split."""
     started = time.monotonic()
     cpus = max(options.train.num_workers * options.train.cpus_per_worker, options.serve.num_replicas)
     with Screen() as tell:
-        with launch.on_ray(cpus):
-            outcome = launch.run(options, tell)
+        with cluster.on_ray(cpus):
+            outcome = launch.run(options, tell, resume=resume)
             tell("serve", "starting Ray Serve")
             arguments = ServeArgs(model=str(outcome.version), storage=options.storage, threads=options.engine.threads, **options.serve.model_dump(exclude={"port"}))
             with serving(arguments, port=options.serve.port) as url:

@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import yaml
 
-from portaisys import artifact, data, gate, metrics, models, report, spec, store
+from portaisys import artifact, cluster, data, gate, metrics, models, report, spec, store
 from portaisys.artifact import Artifact
 from portaisys.data import Splits
 from portaisys.engine import backend
 from portaisys.registry import Registry, Version, open_registry
 from portaisys.spec import Spec, UserError
 from portaisys.stages import STAGES, Fit, Job, carry_out, threads
-from portaisys.train import CHECKPOINT, Place
+from portaisys.train import CHECKPOINT, Place, read_checkpoint
 
 
 class Tell(Protocol):
@@ -82,21 +83,23 @@ def plan(options: Spec) -> list[Stage]:
     return stages
 
 
-def run(options: Spec, tell: Tell, *, promote: bool = True) -> Outcome:
+def run(options: Spec, tell: Tell, *, promote: bool = True, resume: bool = False) -> Outcome:
     """Run every stage of a spec that is not finished; publish the version; write the report.
 
+    A name belongs to one spec; `resume`: go on under a name that another spec has used, with all its stages that still hold.
     Raises UserError for anything the user can put right; what was finished before stays as it was.
     """
     folder = run_folder(options)
     # The number of threads decides in which order sums are rounded: from the spec, not from the machine, and for all stages.
     with artifact.locked(folder), threads(options.train.cpus_per_worker):
         artifact.sweep(folder)
+        _refuse_used_name(options, folder, resume)
         tell("data", "reading and splitting")
         splits = data.load(options.data)
         tell("data", f"{len(splits.train):,} train, {len(splits.validation):,} validation, {len(splits.calibration):,} calibration, {len(splits.test):,} test rows", 1.0, "done")
         registry = open_registry(options.storage)
         preflight(options, splits, 0 if (folder / "judge" / artifact.MANIFEST).exists() else registry.looks(splits.test_digest))
-        artifact.write_text(folder / "spec.yaml", spec.to_yaml(options))
+        _take_name(options, folder)
         artifacts: dict[str, Artifact] = {}
         reused = []
         for stage in plan(options):
@@ -125,10 +128,56 @@ def produce(options: Spec, target: str, tell: Tell) -> Artifact:
     return artifacts[target]
 
 
-def train(options: Spec, tell: Tell) -> Artifact:
+def train(options: Spec, tell: Tell, *, resume: bool = False) -> Artifact:
     """The first stage alone, checked as `run` checks it: a job that trains and leaves the rest to `run`, which reuses it."""
+    folder = run_folder(options)
+    _refuse_used_name(options, folder, resume)
     preflight(options, data.load(options.data), 0)
+    _take_name(options, folder)
     return produce(options, "train", tell)
+
+
+# What may differ between two runs of one name: it changes where and how a run is watched over, not what it computes.
+_NOT_IN_NAMES = {"search", "serve", "storage"}
+
+
+def _refuse_used_name(options: Spec, folder: Path, resume: bool) -> None:
+    """A name that another spec has used is refused, or gone on with where the user says so."""
+    file = folder / "spec.yaml"
+    if options.storage.remote and not file.exists():
+        store.fetch_file(f"{options.storage.path}/{options.name}/spec.yaml", file)
+    if resume or not file.exists():
+        return
+    before, now = (
+        _leaves({name: value for name, value in tree.items() if name not in _NOT_IN_NAMES})
+        for tree in (yaml.safe_load(file.read_text()), spec.dump(options))
+    )
+    differ = [
+        path
+        for path in sorted(before.keys() | now.keys())
+        if before.get(path) != now.get(path) and path.rpartition(".")[2] not in _NOT_IN_KEYS
+    ]
+    if differ:
+        changes = ", ".join(f"{path} was {before.get(path)!r} and is {now.get(path)!r}" for path in differ[:3]) + (
+            f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        )
+        raise UserError(
+            f"name: {options.name!r} was used by another spec ({changes}); take another name (name=...), or go on under this one with --resume, which reuses what still holds"
+        )
+
+
+def _take_name(options: Spec, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    artifact.write_text(folder / "spec.yaml", spec.to_yaml(options))
+    if options.storage.remote:
+        store.send_file(folder / "spec.yaml", f"{options.storage.path}/{options.name}/spec.yaml")
+
+
+def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    """Dotted path -> value of a plain tree; a list is a value."""
+    if not isinstance(tree, dict) or not tree:
+        return {path: tree}
+    return {inner: value for key, child in tree.items() for inner, value in _leaves(child, f"{path}.{key}" if path else key).items()}
 
 
 def settled(options: Spec) -> Spec:
@@ -169,8 +218,8 @@ def preflight(options: Spec, splits: Splits, looks: int) -> None:
         )
     if options.storage.remote:
         store.reachable(options.storage.path)
-    if options.train.num_workers and (ray_is_there() or os.environ.get("RAY_ADDRESS")):
-        with on_ray(0):
+    if options.train.num_workers and (cluster.is_there() or os.environ.get("RAY_ADDRESS")):
+        with cluster.on_ray(0):
             _check_cluster(options)
     if options.train.augment != "none" and len(splits.shape) != 3:
         raise UserError(f"train.augment: {options.train.augment!r} moves pictures, and the rows are {splits.shape}; set train.augment=none")
@@ -228,7 +277,7 @@ def _finish(options: Spec, made: Artifact, uri: str, work: Path) -> None:
 
 
 # They change how a run is watched over, not what it computes: a run may go on with others.
-_NOT_IN_KEYS = {"max_failures", "checkpoint_every_steps"}
+_NOT_IN_KEYS = {"max_failures", "checkpoint_every_steps", "label_selector"}
 
 
 def _sections(options: Spec, stage: Stage) -> dict[str, Any]:
@@ -263,10 +312,13 @@ def _publish(options: Spec, artifacts: Mapping[str, Artifact], splits: Splits, r
 
 def _train(options: Spec, fit: Fit, tell: Callable[..., None]) -> Path:
     """Carry out a Fit where `train.num_workers` says; returns the folder with the weights."""
+    left = Path(fit.work) / CHECKPOINT
+    if not fit.remote and left.exists():
+        tell(f"goes on from step {read_checkpoint(left)[0]['step']}, where an earlier run stopped")
     if options.train.num_workers == 0:
         carry_out(fit, Place(device=device(options)), partial(_log, fit, tell))
     else:
-        with on_ray(options.train.num_workers * options.train.cpus_per_worker), _watching(Path(fit.log), tell):
+        with cluster.on_ray(options.train.num_workers * options.train.cpus_per_worker), _watching(Path(fit.log), tell):
             _ray_train(options, fit)
     return Path(fit.work)
 
@@ -314,42 +366,6 @@ def _watching(log: Path, tell: Callable[..., None]) -> Iterator[None]:
         thread.join()
 
 
-# Ray Train reports at most once per health check: at its default of 2 s a short epoch would wait for it.
-_RAY_ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
-    # Ray writes its own files through pyarrow, whose checksum trailers some of S3's work-alikes answer with 411.
-    "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
-}
-
-
-def ray_is_there() -> bool:
-    """Whether this process is connected to a Ray cluster."""
-    import ray
-
-    return bool(ray.is_initialized())
-
-
-@contextlib.contextmanager
-def on_ray(num_cpus: int) -> Iterator[None]:
-    """The Ray cluster that is there (RAY_ADDRESS, or a job's own), or one of our own for the time of the block."""
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    for name, value in _RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    address = os.environ.get("RAY_ADDRESS")
-    own: dict[str, Any] = {} if address else {"num_cpus": num_cpus + 1, "include_dashboard": False}
-    ray.init(address=address or "local", log_to_driver=False, configure_logging=False, **own)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
 def _ray_train(options: Spec, fit: Fit) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -361,7 +377,7 @@ def _ray_train(options: Spec, fit: Fit) -> None:
         train_loop_config={"fit": asdict(fit), "use_gpu": train.use_gpu, "threads": train.cpus_per_worker},
         torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=train.num_workers, use_gpu=train.use_gpu, resources_per_worker={"CPU": train.cpus_per_worker} | ({"GPU": 1} if train.use_gpu else {})
+            num_workers=train.num_workers, use_gpu=train.use_gpu, resources_per_worker=_per_worker(train), label_selector=train.label_selector or None
         ),
         # The name is new every time: with an old one Ray Train resumes by itself, silently, even a finished run.
         # What is resumed is our own checkpoint, by its key.
@@ -392,11 +408,12 @@ def _check_cluster(options: Spec) -> None:
         )
     if len(nodes) > 1 and os.environ.get("MLFLOW_TRACKING_URI", "sqlite").startswith("sqlite"):
         raise UserError("storage: the registry is a sqlite file and the cluster has several nodes; start `mlflow server` and set MLFLOW_TRACKING_URI")
-    train, have = options.train, ray.cluster_resources()
-    need = {"CPU": train.num_workers * train.cpus_per_worker} | ({"GPU": train.num_workers} if train.use_gpu else {})
-    for kind, count in need.items():
-        if have.get(kind, 0) < count:
-            raise UserError(f"train.num_workers: {train.num_workers} workers need {count} {kind}s and the cluster has {have.get(kind, 0):g}; lower it or add nodes")
+    train = options.train
+    cluster.refuse_unplaceable("train.num_workers", "workers", train.num_workers, _per_worker(train), train.label_selector, cluster.nodes(), cluster.grows_to())
+
+
+def _per_worker(train: spec.Train) -> dict[str, float]:
+    return {"CPU": float(train.cpus_per_worker)} | ({"GPU": 1.0} if train.use_gpu else {})
 
 
 def _cause(error: BaseException) -> UserError:

@@ -168,6 +168,8 @@ class Train(Section):
     num_workers: int = Field(0, ge=0)
     use_gpu: bool = False
     cpus_per_worker: int = Field(1, ge=1)
+    # Labels that a node must have to hold a worker, {role: train} on the clusters of docs/cluster.md; not asked for without workers.
+    label_selector: dict[str, str] = {}
     checkpoint_every_steps: int = Field(200, ge=1)
     max_failures: int = Field(2, ge=0)
 

@@ -36,7 +36,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search.optuna import OptunaSearch
 from ray.util import placement_group_table, remove_placement_group
 
-from portaisys import artifact, data, evaluate, launch, metrics, report, spec, stages, store
+from portaisys import artifact, cluster, data, evaluate, launch, metrics, report, spec, stages, store
 from portaisys.engine import Engine, Options
 from portaisys.engine.cache import get_or_build, load
 from portaisys.export import INPUT, OUTPUT, export
@@ -178,12 +178,13 @@ def trial_id(params: Params) -> str:
 
 
 def search(
-    evaluate: Evaluate, space: Space, options: spec.Search, folder: Path, *, resources: Mapping[str, float] | None = None, tell: Tell | None = None
-) -> list[Trial]:
+    evaluate: Evaluate, space: Space, options: spec.Search, folder: Path, *, resources: Mapping[str, float] | None = None,
+    selector: Mapping[str, str] | None = None, tell: Tell | None = None,
+) -> list[Trial]:  # fmt: skip
     """Try until `options.trials` trials have ended, those of an earlier driver in `folder` counted; all ended ones, in order.
 
-    `evaluate(params, report)` runs in a process of its own with `resources` and returns at least the objectives; what it
-    reports per epoch (`validation_error`, `epoch`) is what early stopping sees. Needs a Ray cluster (launch.on_ray).
+    `evaluate(params, report)` runs in a process of its own with `resources`, on a node with the labels of `selector`, and returns at least the objectives; what it
+    reports per epoch (`validation_error`, `epoch`) is what early stopping sees. Needs a Ray cluster (cluster.on_ray).
     """
     study = _study(folder, options)
     again = _take_up(study)
@@ -191,7 +192,7 @@ def search(
     if tell:
         tell("search", f"{len(_ended(study))} of {options.trials} trials ended before, {again} begun ones go on", len(_ended(study)) / options.trials)
     if left > 0:
-        _run_tune(evaluate, space, options, folder, left, resources or {"CPU": 1}, tell)
+        _run_tune(evaluate, space, options, folder, left, resources or {"CPU": 1}, selector or {}, tell)
     return _ended(_study(folder, options))
 
 
@@ -221,13 +222,16 @@ def _ended(study: Any) -> list[Trial]:
     return [Trial(trial_id(trial.params), params=dict(trial.params), **trial.user_attrs["ended"]) for trial in found]
 
 
-def _run_tune(evaluate: Evaluate, space: Space, options: spec.Search, folder: Path, count: int, resources: Mapping[str, float], tell: Tell | None) -> None:
+def _run_tune(evaluate: Evaluate, space: Space, options: spec.Search, folder: Path, count: int, resources: Mapping[str, float], selector: Mapping[str, str], tell: Tell | None) -> None:
     # Early stopping reports its one metric and not the objectives, which only a finished trial has.
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints tables whatever `verbose` says
-    _check_room(options, resources)
+    _check_room(options, resources, selector)
     groups = _placement_groups()
-    trainable = tune.with_resources(tune.with_parameters(_trainable, evaluate=evaluate), dict(resources))
+    trainable = tune.with_resources(
+        tune.with_parameters(_trainable, evaluate=evaluate),
+        tune.PlacementGroupFactory([dict(resources)], bundle_label_selector=[dict(selector)]),
+    )
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
@@ -244,14 +248,10 @@ def _run_tune(evaluate: Evaluate, space: Space, options: spec.Search, folder: Pa
     _remove_leaked(groups)
 
 
-def _check_room(options: spec.Search, resources: Mapping[str, float]) -> None:
-    have = ray.cluster_resources()
-    for kind, count in resources.items():
-        if have.get(kind, 0) < count * options.max_concurrent:
-            raise UserError(
-                f"search.max_concurrent: {options.max_concurrent} trials at once need {count * options.max_concurrent:g} {kind} and the cluster has "
-                f"{have.get(kind, 0):g}; lower it or add nodes"
-            )
+def _check_room(options: spec.Search, resources: Mapping[str, float], selector: Mapping[str, str]) -> None:
+    cluster.refuse_unplaceable(
+        "search.max_concurrent", "trials at once", options.max_concurrent, resources, selector, cluster.nodes(), cluster.grows_to()
+    )
 
 
 def _trainable(config: Params, evaluate: Evaluate) -> None:
@@ -414,13 +414,14 @@ def run(problem: Problem, tell: Tell) -> Found:
     options = problem.base.search
     folder = launch.run_folder(problem.base) / "search"
     _claim(problem, folder)
-    resources = _resources(problem)
-    with artifact.locked(folder), launch.on_ray(math.ceil(options.max_concurrent * (resources["CPU"] + _workers(problem) * problem.base.train.cpus_per_worker))):
+    resources, selector = _resources(problem), _selector(problem)
+    with artifact.locked(folder), cluster.on_ray(math.ceil(options.max_concurrent * (resources["CPU"] + _workers(problem) * problem.base.train.cpus_per_worker))):
+        _check_workers(problem)
         reference = _reference(problem, folder)
-        trials = search(partial(evaluate_spec, problem=problem, folder=str(folder), reference=reference), problem.space, options, folder, resources=resources, tell=tell)
+        trials = search(partial(evaluate_spec, problem=problem, folder=str(folder), reference=reference), problem.space, options, folder, resources=resources, selector=selector, tell=tell)
         tell("search", f"{len(trials)} trials ended", 1.0, "done")
         if "latency_ms" in options.objectives:
-            trials = _timed_alone(problem, folder, trials, resources, tell)
+            trials = _timed_alone(problem, folder, trials, resources, selector, tell)
     return _write(problem, folder, trials)
 
 
@@ -444,6 +445,21 @@ def _resources(problem: Problem) -> dict[str, float]:
     train = problem.base.train
     here = _workers(problem) == 0
     return {"CPU": float(train.cpus_per_worker)} | ({"GPU": 1} if train.use_gpu and here else {})
+
+
+def _selector(problem: Problem) -> Mapping[str, str]:
+    """Where trials run: the labels of train.label_selector, in the trials' spec (set_in_trials may send them elsewhere)."""
+    return problem.trial_spec({}).train.label_selector
+
+
+def _check_workers(problem: Problem) -> None:
+    """Trials with workers beside their own process: those of all trials at once must fit, or they wait for each other for ever."""
+    train, at_once = problem.trial_spec({}).train, problem.base.search.max_concurrent
+    each = {"CPU": float(train.cpus_per_worker)} | ({"GPU": 1.0} if train.use_gpu else {})
+    what = f"workers ({at_once} trials at once x train.num_workers)"
+    cluster.refuse_unplaceable(
+        "search.max_concurrent", what, at_once * _workers(problem), each, train.label_selector, cluster.nodes(), cluster.grows_to()
+    )
 
 
 def evaluate_spec(params: Params, report: Report, problem: Problem, folder: str, reference: bytes) -> dict[str, Any]:
@@ -527,14 +543,16 @@ def _relative_ms(options: Spec, engine: Engine, reference: bytes, row: NDArray[A
     return float(np.median(ms["engine"] / ms["yardstick"]))
 
 
-def _timed_alone(problem: Problem, folder: Path, trials: Sequence[Trial], resources: Mapping[str, float], tell: Tell) -> list[Trial]:
+def _timed_alone(
+    problem: Problem, folder: Path, trials: Sequence[Trial], resources: Mapping[str, float], selector: Mapping[str, str], tell: Tell
+) -> list[Trial]:
     """The engines of all finished trials once more, interleaved with each other, while nothing else of the search runs."""
     done = [trial for trial in trials if trial.state == "done"]
     if not done:
         return list(trials)
     tell("latency", f"{len(done)} engines, interleaved, alone")
     cpus, gpus = resources["CPU"], resources.get("GPU", 0)
-    task = ray.remote(num_cpus=cpus, num_gpus=gpus)(_time_engines)
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, label_selector=dict(selector))(_time_engines)
     found: dict[str, float] = ray.get(task.remote(problem, [trial.params for trial in done], str(folder)))
     tell("latency", f"{min(found.values()):.3f} to {max(found.values()):.3f} ms", 1.0, "done")
     return [_with_latency(trial, found) for trial in trials]

@@ -42,6 +42,8 @@ class ServeArgs(BaseModel):
     num_replicas: int = Field(1, ge=1)
     num_cpus: float = Field(1.0, ge=0)
     num_gpus: float = Field(0.0, ge=0)
+    # Labels that a node must have to hold a replica, {role: inference} on the clusters of docs/cluster.md.
+    label_selector: dict[str, str] = {}
     # Of num_replicas, started beside the old ones when a changed file rolls over: loses no request, needs room for them.
     max_surge_percent: int = Field(100, ge=0, le=100)
 
@@ -113,7 +115,7 @@ def build_app(args: ServeArgs) -> serve.Application:
         # Well above what runs and waits: what Serve itself holds back waits unseen, the batcher's limit answers 503.
         max_ongoing_requests=4 * args.max_queue,
         max_surge_percent=args.max_surge_percent,
-        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
+        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus, "label_selector": args.label_selector},
     )
     return deployment.bind(args.model_copy(update={"storage": storage}).model_dump(mode="json"))
 
