@@ -52,9 +52,18 @@ class Cluster:
         with urllib.request.urlopen(request, timeout=10) as answer:
             return json.load(answer)
 
-    def submit(self, *entrypoint, environment=None, timeout=300):
-        command = [RAY, "job", "submit", "--address", self.dashboard, "--working-dir", ROOT, "--runtime-env", ROOT / "jobs/runtime_env.yaml", "--", *entrypoint]
-        return subprocess.run(list(map(str, command)), env=environment or self.environment, cwd=self.folder, capture_output=True, text=True, timeout=timeout)
+    def begin(self, *entrypoint, environment=None, folder=ROOT):
+        """`ray job submit`, whose output is the job's."""
+        command = [RAY, "job", "submit", "--address", self.dashboard, "--working-dir", folder, "--runtime-env", ROOT / "jobs/runtime_env.yaml", "--", *entrypoint]
+        return subprocess.Popen(
+            list(map(str, command)), env=environment or self.environment, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def submit(self, *entrypoint, timeout=300, **options):
+        """The same, waited for."""
+        process = self.begin(*entrypoint, **options)
+        out, err = process.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def stop(self):
         os.killpg(self.process.pid, signal.SIGKILL)  # SIGTERM takes 20 s, and nothing here is worth waiting for

@@ -47,7 +47,7 @@ def link():
     if reason := why_not():
         pytest.skip(reason)
     names = [f"pt{os.getpid()}{letter}" for letter in "ab"]
-    for name, address in zip(names, (HERE, THERE), strict=True):
+    for name in names:
         ip("netns", "add", name)
         ip("-n", name, "link", "set", "lo", "up")
     ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0", "netns", names[1])

@@ -5,13 +5,19 @@ Knows Ray's nodes, their resources and labels; not what the work is.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import dataclasses
+import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from portaisys.spec import UserError
+
+_log = logging.getLogger(__name__)
 
 # Ray Train reports at most once per health check: at its default of 2 s a short epoch would wait for it.
 _ENVIRONMENT = {
@@ -42,11 +48,39 @@ def on_ray(num_cpus: int) -> Iterator[None]:
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
     own: dict[str, Any] = {} if address else {"num_cpus": num_cpus + 1, "include_dashboard": False}
+    root = logging.getLogger()
+    handlers = list(root.handlers)
     ray.init(address=address or "local", log_to_driver=False, configure_logging=False, **own)
     try:
         yield
     finally:
         ray.shutdown()
+        root.handlers = handlers  # Ray adds one (RAY_LOGGING_CONFIG_ENCODING) with each connection and takes none away
+
+
+def submission_id() -> str:
+    """Name of the submitted job that this process is the driver of; empty elsewhere."""
+    told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return str(told.get("metadata", {}).get("job_submission_id", ""))
+
+
+def note_in_job(values: Mapping[str, str]) -> None:
+    """Add to the metadata of the job this process drives, which the dashboard and `ray job list` show; nothing outside of a job."""
+    if not submission_id():
+        return
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.dashboard.modules.job.common import JobInfoStorageClient  # no public way to change a job's metadata from within
+
+    async def note() -> None:
+        jobs = JobInfoStorageClient(GcsClient(address=os.environ["RAY_ADDRESS"]))
+        info = await jobs.get_info(submission_id())
+        if info:
+            await jobs.put_info(submission_id(), dataclasses.replace(info, metadata={**(info.metadata or {}), **values}))
+
+    try:
+        asyncio.run(note())
+    except Exception as error:  # a link for people to follow: the run does not depend on it
+        _log.warning("the metadata of job %s could not be written: %s", submission_id(), error)
 
 
 @dataclass(frozen=True)

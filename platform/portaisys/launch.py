@@ -7,6 +7,7 @@ asked for. So a run that died goes on where it was, and a second run of the same
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import threading
@@ -28,6 +29,8 @@ from portaisys.registry import Registry, Version, open_registry
 from portaisys.spec import Spec, UserError
 from portaisys.stages import STAGES, Fit, Job, carry_out, threads
 from portaisys.train import CHECKPOINT, Place, read_checkpoint
+
+_log = logging.getLogger(__name__)
 
 
 class Tell(Protocol):
@@ -256,10 +259,13 @@ def _one(
         looks=partial(_record_looks, registry, splits.test_digest), tell=partial(tell, stage.name),
     )  # fmt: skip
     tell(stage.name)
+    about = {"run": options.name, "stage": stage.name, "key": key[:12]}  # what JSON logs are searched by
+    _log.info("stage begins", extra=about)
     with artifact.writing(place, kind=stage.kind, key=key, parents=digests, spec=sections) as draft:
         STAGES[stage.kind](job, draft)
     made = artifact.read(place)
     _finish(options, made, uri, work)
+    _log.info("stage ended after %.1f s", made.seconds, extra=about | {"digest": made.digest[:12]})
     tell(stage.name, f"{made.seconds:.1f} s", 1.0, "done")
     return made, False
 
@@ -296,10 +302,12 @@ def _publish(options: Spec, artifacts: Mapping[str, Artifact], splits: Splits, r
     best = next(row for row in rows if row["engine"] == artifacts["version"].scores["admitted"][0])
     lineage = {name: found.digest for name, found in artifacts.items()}
     lineage |= {"spec": spec.digest(spec.dump(options)), "data": splits.digest, "test": splits.test_digest}
+    job = cluster.submission_id()
     known = registry.of_digest(options.name, artifacts["version"].digest)
     run_id = known.run_id if known else registry.log_run(
-        options.name, spec.dump(options), lineage, {f"{row['engine']} {row['backend']}": row for row in rows}, {"report": str(run_folder(options) / "report.html")}
+        options.name, spec.dump(options), lineage, {f"{row['engine']} {row['backend']}": row for row in rows}, {"report": str(run_folder(options) / "report.html")} | ({"ray_job": job} if job else {}),
     )  # fmt: skip
+    cluster.note_in_job({"mlflow_run": run_id, "portaisys_run": options.name})
     action = "pass" if best["admissible"] else "fail"
     version = registry.publish(options.name, artifacts["version"].path, run_id, lineage, {"action": action, "because": best["because"]})
     # Once: a version that somebody took out of production since (a rollback) is not put back by a run that only reads.
@@ -316,7 +324,7 @@ def _train(options: Spec, fit: Fit, tell: Callable[..., None]) -> Path:
     if not fit.remote and left.exists():
         tell(f"goes on from step {read_checkpoint(left)[0]['step']}, where an earlier run stopped")
     if options.train.num_workers == 0:
-        carry_out(fit, Place(device=device(options)), partial(_log, fit, tell))
+        carry_out(fit, Place(device=device(options)), partial(_write_log, fit, tell))
     else:
         with cluster.on_ray(options.train.num_workers * options.train.cpus_per_worker), _watching(Path(fit.log), tell):
             _ray_train(options, fit)
@@ -333,7 +341,7 @@ def device(options: Spec) -> str:
     return "cuda" if options.train.use_gpu else "cpu"
 
 
-def _log(fit: Fit, tell: Callable[..., None], values: Mapping[str, float], checkpoint: Path | None) -> None:
+def _write_log(fit: Fit, tell: Callable[..., None], values: Mapping[str, float], checkpoint: Path | None) -> None:
     metrics.append(Path(fit.log), values)
     _show(tell, values)
 
@@ -438,6 +446,7 @@ def _worker(config: Mapping[str, Any]) -> None:
     torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
     rank = context.get_world_rank()
+    _log.info("worker begins", extra={"run": fit.spec["name"], "stage": Path(fit.work).stem, "key": fit.key[:12], "rank": rank})
     checkpoint = Path(fit.work) / CHECKPOINT
     if fit.remote:
         # All ranks start from what the store holds, or all from nothing: a file that only this machine has is not it.

@@ -417,6 +417,7 @@ def run(problem: Problem, tell: Tell) -> Found:
     resources, selector = _resources(problem), _selector(problem)
     with artifact.locked(folder), cluster.on_ray(math.ceil(options.max_concurrent * (resources["CPU"] + _workers(problem) * problem.base.train.cpus_per_worker))):
         _check_workers(problem)
+        cluster.note_in_job({"portaisys_search": str(folder)})
         reference = _reference(problem, folder)
         trials = search(partial(evaluate_spec, problem=problem, folder=str(folder), reference=reference), problem.space, options, folder, resources=resources, selector=selector, tell=tell)
         tell("search", f"{len(trials)} trials ended", 1.0, "done")
@@ -465,6 +466,7 @@ def _check_workers(problem: Problem) -> None:
 def evaluate_spec(params: Params, report: Report, problem: Problem, folder: str, reference: bytes) -> dict[str, Any]:
     """One trial: its stages up to the last ONNX file, its engine scored on the validation split and timed against a fixed one."""
     options = _trial_options(problem, params, Path(folder))
+    _log.info("trial begins", extra={"run": problem.base.name, "trial": options.name})
     made = launch.produce(options, _target(options), _reporter(launch.run_folder(options), report))
     engine = _engine(options, made.file("model.onnx"))
     splits = data.load(options.data)
@@ -475,6 +477,7 @@ def evaluate_spec(params: Params, report: Report, problem: Problem, folder: str,
         row = splits.calibration.x[:1]
         values["latency_ms"] = _relative_ms(options, engine, reference, row)
     engine.close()
+    _log.info("trial ended", extra={"run": problem.base.name, "trial": options.name, **values})
     return values
 
 

@@ -63,6 +63,7 @@ class Replica:
 
     def __init__(self, args: dict[str, Any]) -> None:
         parsed = ServeArgs.model_validate(args)
+        _log_where_serve_logs()
         self._metrics = RayMetrics(parsed.model)
         self._model: ServedModel = open_reference(parsed.model, parsed.storage, parsed.limits, self._metrics.batch)
         self._metrics.fallbacks(self._model.fallbacks)
@@ -88,6 +89,13 @@ class Replica:
         # Ray calls this after the replica's last request. The attribute is missing when the constructor raised.
         with contextlib.suppress(AttributeError):
             await self._model.close()
+
+
+def _log_where_serve_logs() -> None:
+    """Our lines go where Ray Serve's own go, in its encoding and with the id of the request they belong to."""
+    ours, theirs = logging.getLogger("portaisys"), logging.getLogger("ray.serve")
+    ours.handlers, ours.propagate = list(theirs.handlers), False
+    ours.setLevel(theirs.level)
 
 
 async def read_body(request: Request) -> bytes:

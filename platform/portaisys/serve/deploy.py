@@ -19,6 +19,8 @@ from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.exceptions import RayError
 from ray.serve.schema import HTTPOptionsSchema, LoggingConfig, ServeApplicationSchema, ServeDeploySchema, gRPCOptionsSchema
 
+from portaisys import cluster
+from portaisys.cluster import Node
 from portaisys.serve.app import ServeArgs
 from portaisys.spec import UserError
 
@@ -87,10 +89,27 @@ def deploy(path: Path, address: str, tell: Callable[[str], None], *, timeout_s: 
     tree = check(path)
     try:
         client = ServeSubmissionClient(address)
+        _tell_unplaceable(client, tree, path, tell)
         client.deploy_applications(tree)
     except (RayError, ConnectionError, RuntimeError, OSError) as error:
         raise UserError(f"deploy: {address} did not take the file: {str(error).strip().splitlines()[0]}") from None
     return _wait(client, [application["name"] for application in tree["applications"]], tell, timeout_s)
+
+
+def _tell_unplaceable(client: Any, tree: Mapping[str, Any], path: Path, tell: Callable[[str], None]) -> None:
+    """Replicas that no node of now can hold are waited for: said at once, refused not, since an autoscaler may still bring nodes."""
+    answer = client._do_request("GET", "/api/v0/nodes?detail=1&limit=1000")
+    answer.raise_for_status()
+    found = [Node(node["resources_total"], node["labels"]) for node in answer.json()["data"]["result"]["result"] if node["state"] == "ALIVE"]
+    for index, application in enumerate(tree["applications"]):
+        if application.get("import_path") == BUILDER:
+            args = ServeArgs.model_validate(application["args"])
+            need = {kind: each for kind, each in (("CPU", args.num_cpus), ("GPU", args.num_gpus)) if each}
+            where = f"{path}: applications.{index}.args.num_replicas"
+            try:
+                cluster.refuse_unplaceable(where, "replicas", args.num_replicas, need, args.label_selector, found, {})
+            except UserError as error:
+                tell(f"waiting for nodes: {error}")
 
 
 def _wait(client: Any, names: list[str], tell: Callable[[str], None], timeout_s: float) -> list[Deployed]:
