@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -56,35 +58,41 @@ class Deployment:
     def __init__(self, cluster, folder):
         self.cluster, self.path, self.port, self.storage = cluster, folder / "digits.yaml", free_port(), storage_in(folder)
 
-    def write(self, **arguments):
+    def write(self, runtime_env=None, **arguments):
         tree = yaml.safe_load((ROOT / "serve_apps/digits.yaml").read_text())
         tree["http_options"]["port"] = self.port
         storage = {"path": self.storage.path, "cache": self.storage.cache}
         tree["applications"][0]["args"] |= {"storage": storage, "max_batch": 8, "num_cpus": 0.1} | arguments
+        tree["applications"][0] |= {"runtime_env": runtime_env} if runtime_env else {}
         self.path.write_text(yaml.safe_dump(tree))
         return self
 
     def run(self, *command):
         return subprocess.run(list(map(str, command)), env=self.cluster.environment, capture_output=True, text=True, timeout=180)
 
-    def deploy(self):
-        return self.run(sys.executable, "-m", "portaisys.cli", "deploy", self.path, "--address", self.cluster.dashboard)
+    def deploy(self, *arguments):
+        return self.run(sys.executable, "-m", "portaisys.cli", "deploy", self.path, "--address", self.cluster.dashboard, *arguments)
+
+    def logged(self):
+        """The JSON lines of the replicas."""
+        logs = (self.cluster.folder / "ray/session_latest/logs/serve").glob("replica_*.log")
+        return [json.loads(line) for log in logs for line in log.read_text().splitlines() if line.startswith("{")]
 
     def client(self):
         return InferenceServerClient(f"127.0.0.1:{self.port}", network_timeout=60, connection_timeout=60)
 
 
-def infer(client, x):
+def infer(client, x, headers=None):
     tensor = InferInput("x", list(x.shape), "FP32")
     tensor.set_data_from_numpy(x)
-    answer = client.infer("digits", [tensor])
+    answer = client.infer("digits", [tensor], headers=headers)
     return answer.get_response()["model_version"], answer.as_numpy("logits")
 
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory):
     folder = tmp_path_factory.mktemp("apps")
-    cluster = Cluster(num_cpus=2)
+    cluster = Cluster(num_cpus=2, arguments=["--labels", "role=inference"])
     try:
         deployment = Deployment(cluster, folder)
         with pytest.MonkeyPatch.context() as patch:
@@ -109,7 +117,24 @@ def test_serve_deploy_brings_the_application_up_and_the_dashboard_shows_it(deplo
 
 
 @pytest.mark.cluster
+def test_the_logs_are_json_and_carry_the_request_id_that_the_client_gave(deployment):
+    infer(deployment.client(), np.zeros((1, 8, 8), np.float32), headers={"X-Request-ID": "a-request-of-mine"})
+    deadline = time.monotonic() + 30
+    while not (lines := [line for line in deployment.logged() if line.get("request_id") == "a-request-of-mine"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert lines[0]["application"] == "digits" and lines[0]["deployment"] == "digits_inference" and lines[0]["replica"]
+    # Our own lines stand among Serve's, in the same encoding.
+    assert [line for line in deployment.logged() if " ready after " in line["message"]]
+
+
+@pytest.mark.cluster
 def test_a_changed_file_rolls_over_without_a_failed_request(deployment, tmp_path):
+    """The changed file takes its code from a folder of the nodes, asks for their role, and names another version."""
+    code, imported = tmp_path / "code", tmp_path / "imported"
+    shutil.copytree(ROOT / "platform", code / "platform", ignore=shutil.ignore_patterns("__pycache__"))
+    with (code / "platform/portaisys/serve/app.py").open("a") as app:
+        app.write(f"\nPath({str(imported)!r}).touch()\n")
     publish(make_version(tmp_path / "two", tmp_path / "cache", tolerance=2e-4), deployment.storage)
     x = np.random.default_rng(1).normal(size=(3, 8, 8)).astype(np.float32)
     expected = infer(deployment.client(), x)[1]
@@ -128,7 +153,8 @@ def test_a_changed_file_rolls_over_without_a_failed_request(deployment, tmp_path
     thread = threading.Thread(target=hammer)
     thread.start()
     try:
-        done = deployment.write(model="digits@2", max_batch=4).deploy()
+        from_here = {"working_dir": f"local://{code}", "env_vars": {"PYTHONPATH": f"{code}/platform"}}
+        done = deployment.write(from_here, model="digits@2", max_batch=4, label_selector={"role": "inference"}).deploy()
         assert done.returncode == 0 and "digits is RUNNING below /" in done.stdout, done.stdout + done.stderr
         deadline = time.monotonic() + 60
         while "2" not in seen:
@@ -138,7 +164,7 @@ def test_a_changed_file_rolls_over_without_a_failed_request(deployment, tmp_path
         stop.set()
         thread.join()
     assert not failed, failed[:3]
-    assert seen == sorted(seen) or set(seen) == {"1", "2"}
+    assert imported.exists()
     assert set(seen) == {"1", "2"} and len(seen) > 50
 
 
@@ -150,6 +176,14 @@ def test_a_version_without_a_passing_verdict_is_refused_and_the_old_one_goes_on(
     refused = deployment.write(model=f"digits@{made.version}").deploy()
     assert refused.returncode == 2, refused.stdout
     assert "its verdict is 'fail' (accuracy drop 3 points), so it is not served" in refused.stderr
+    assert infer(deployment.client(), np.zeros((1, 8, 8), np.float32))[0] == "2"
+
+
+@pytest.mark.cluster
+def test_replicas_that_no_node_can_hold_are_told_at_once_and_the_old_one_goes_on(deployment):
+    waiting = deployment.write(model="digits@2", label_selector={"role": "elsewhere"}).deploy("--timeout-s", "5")
+    assert waiting.returncode == 2 and "after 5 s: digits DEPLOYING" in waiting.stderr
+    assert "waiting for nodes: " in waiting.stdout and "nodes with role=elsewhere have 0; lower it or add nodes (nodes there: role=inference)" in waiting.stdout
     assert infer(deployment.client(), np.zeros((1, 8, 8), np.float32))[0] == "2"
 
 

@@ -111,6 +111,7 @@ def _serve_arguments(parser: Any) -> None:
 def _deploy_arguments(parser: Any) -> None:
     parser.add_argument("file", help="a Serve config, for example serve_apps/digits.yaml")
     parser.add_argument("--address", default="http://127.0.0.1:8265", help="of the Ray dashboard (default: %(default)s)")
+    parser.add_argument("--timeout-s", type=_positive, default=600, help="how long it may take until all run (default: %(default)s)")
 
 
 def _positive(text: str) -> int:
@@ -211,7 +212,7 @@ def serve(options: argparse.Namespace) -> None:
 def deploy(options: argparse.Namespace) -> None:
     from portaisys.serve.deploy import deploy as deploy_file
 
-    for found in deploy_file(Path(options.file), options.address, lambda text: console.print(text, highlight=False)):
+    for found in deploy_file(Path(options.file), options.address, lambda text: console.print(text, highlight=False, soft_wrap=True), timeout_s=options.timeout_s):
         console.print(f"{found.name} is {found.status} below {found.route}")
 
 
