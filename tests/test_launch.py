@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_report import CHROMIUM, measured, screenshot
 
 from portaisys import artifact, launch, spec
 from portaisys.cli import main
@@ -89,10 +90,20 @@ def test_the_version_is_published_promoted_and_traceable(finished):
 def test_the_report_is_one_page_with_curves_and_verdicts(finished):
     _, outcome = finished
     page = outcome.report.read_text()
-    assert page.count("<svg") == 1
+    assert page.count("<svg") == 2
     for text in ("small fp32", "accuracy", "paired rounds", "Bonferroni", outcome.artifacts["train"].digest[:12]):
         assert text in page
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Debian's chromium")
+def test_the_plots_of_a_run_are_there_in_a_browser(finished, tmp_path):
+    _, outcome = finished
+    found = {name: (width, height, paths) for name, width, height, paths in measured(outcome.report, tmp_path)}
+    assert found.keys() == {"intervals", "curves"}
+    assert all(width > 400 and height > 100 and paths > 10 for width, height, paths in found.values()), found
+    picture = screenshot(outcome.report, tmp_path)
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
 
 
 def test_a_second_run_only_reads(finished):

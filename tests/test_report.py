@@ -69,15 +69,6 @@ def test_the_plots_of_a_search_are_there_in_a_browser(tmp_path):
     assert red.sum() > 200  # the front's points
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="needs Debian's chromium")
-def test_the_curves_of_a_run_are_there_in_a_browser(tmp_path):
-    logs = {"train": [{"epoch": epoch, "loss": 1 / epoch, "validation_accuracy": 1 - 0.2 / epoch} for epoch in range(1, 9)]}
-    page = tmp_path / "run.html"
-    page.write_text(f"<!doctype html><html><body>{report._curves(logs)}</body></html>")
-    ((name, width, height, paths),) = measured(page, tmp_path)
-    assert name == "curves" and width > 400 and height > 150 and paths > 10
-
-
 def chromium(*arguments, folder):
     return subprocess.run([CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", *arguments], capture_output=True, text=True, timeout=120, check=True).stdout
 

@@ -61,7 +61,7 @@ def write(path: Path, spec: Spec, artifacts: Mapping[str, Artifact], logs: Mappi
     parts = [
         f"<h1>{html.escape(spec.name)}</h1><p>Published as <b>{html.escape(version)}</b>, served by <b>{html.escape(best)}</b> on {spec.engine.backend}.</p>",
         "<h2>Candidates</h2>", _table(rows, best),
-        "<h2>Verdicts</h2>", _verdicts(rows, artifacts["judge"].scores["looks"]),
+        "<h2>Verdicts</h2>", _intervals(rows), _verdicts(rows, artifacts["judge"].scores["looks"]),
         "<h2>Training</h2>", _curves(logs),
         "<h2>Stages</h2>", _stages(artifacts),
         "<h2>Spec</h2><pre>", html.escape(to_yaml(spec)), "</pre>",
@@ -89,6 +89,28 @@ def _verdicts(rows: Sequence[Mapping[str, Any]], looks: int) -> str:
         said = "".join(f"<li><b class='{v['action']}'>{name}: {v['action']}</b> {html.escape(v['because'])}</li>" for name, v in found.items())
         lines.append(f"<li><b>{html.escape(row['engine'])}</b> ({row['backend']}, {row['precision']}, {row['device']}): {html.escape(row['because'])}<ul>{said}</ul></li>")
     return "".join([*lines, "</ul>"])
+
+
+_COLOURS = {"pass": "#136f2d", "fail": "#b3261e", "inconclusive": "#8a5a00"}
+
+
+def _intervals(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What each candidate's verdict rests on: accuracy drop and latency ratio against dense with their intervals, and the line they must stay left of."""
+    panels = [("accuracy", "drop", 100, "accuracy drop against dense, points"), ("latency", "ratio", 1, "latency over dense")]
+    judged = [row for row in rows if any(name in (row["verdicts"] or {}) for name, *_ in panels)]
+    if not judged:
+        return ""
+    figure = _figure(10, 1.2 + 0.4 * len(judged))
+    for axis, (name, key, scale, title) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+        shown = [(height, row["verdicts"][name]) for height, row in enumerate(judged) if name in row["verdicts"]]
+        for height, found in shown:
+            low, middle, high = (found["figures"][part] * scale for part in ("low", key, "high"))
+            axis.errorbar(middle, height, xerr=[[middle - low], [high - middle]], fmt="o", capsize=4, color=_COLOURS[found["action"]])
+        for limit in {found["figures"].get("margin", 1.0) * scale for _, found in shown}:
+            axis.axvline(limit, color="#555", linestyle="--", linewidth=1)
+        axis.set(title=title, yticks=range(len(judged)), yticklabels=[row["engine"] for row in judged], ylim=(len(judged) - 0.5, -0.5))
+        axis.grid(alpha=0.3, axis="x")
+    return _svg(figure, "intervals", "accuracy drop and latency ratio of each candidate with their confidence intervals")
 
 
 def _stages(artifacts: Mapping[str, Artifact]) -> str:
