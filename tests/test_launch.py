@@ -306,3 +306,14 @@ def test_every_verb_has_help_with_an_example(capsys):
             main([verb, "--help"])
         assert stop.value.code == 0
         assert f"example:\n  portaisys {verb}" in capsys.readouterr().out
+
+
+def test_the_template_spec_runs_on_a_users_own_arrays(tmp_path, monkeypatch):
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    np.savez(tmp_path / "mine.npz", x=digits.images[:, None].astype(np.float32) / 16, y=digits.target)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    changes = ["data.path=~/mine.npz", "data.test_rows=600", "train.epochs=1", "compress=[]", "model.channels=[8,16,16]"]
+    outcome = launch.run(spec.load(ROOT / "jobs/specs/template.yaml", [*changes, f"storage.path={tmp_path}/runs", f"storage.cache={tmp_path}/cache"]), quiet)
+    assert str(outcome.version) == "mine@1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -160,6 +161,19 @@ def test_every_trial_ends_with_its_state_and_nothing_is_left_on_the_cluster(ray_
 
 
 @pytest.mark.cluster
+def test_no_point_of_a_small_space_is_tried_twice_before_all_were(ray_cluster, tmp_path):
+    space = {"a": (0.3, 0.1, 0.2), "b": (True, False), "c": ("only",)}
+
+    def formula(params, report):
+        assert params["c"] == "only"
+        return {"validation_error": params["a"], "latency_ms": 1.0, "parameters": 1.0 + params["b"]}
+
+    trials = tune.search(formula, space, spec.Search(trials=6), tmp_path)
+    assert {(trial.params["a"], trial.params["b"]) for trial in trials} == set(itertools.product(*list(space.values())[:2]))
+    assert {trial.state for trial in tune.search(formula, space, spec.Search(trials=7), tmp_path)} == {"done"}
+
+
+@pytest.mark.cluster
 def test_more_trials_at_once_than_the_cluster_can_hold_are_refused(ray_cluster, tmp_path):
     with pytest.raises(UserError, match=r"search\.max_concurrent: 64 trials at once need 64 CPUs and the cluster has 3"):
         tune.search(make_formula(), {"a": Range(low=0.0, high=1.0), "b": (0, 1)}, spec.Search(max_concurrent=64), tmp_path)
@@ -225,3 +239,19 @@ def test_a_search_of_a_spec_leaves_trials_front_report_and_a_spec_that_runs(ray_
     assert [one.id for one in again.trials] == [one.id for one in found.trials] and "3 of 3 trials ended before" in " ".join(said)
     with pytest.raises(UserError, match=r"name: 'digits' already holds another search"):
         tune.run(tune.read(ROOT / "tune_spaces/prune_digits.yaml", [*overrides, "seed=1"]), lambda *_, **__: None)
+
+
+@pytest.mark.cluster
+def test_trials_with_several_workers_train_under_ray_train_and_a_stopped_one_leaves_no_placement_group(ray_cluster, tmp_path):
+    """One learning rate learns, the other cannot: the second trial is stopped while its workers train."""
+    overrides = [
+        "train.num_workers=2", "train.epochs=3", "compress=[]", "model.channels=[8,16]", "model.blocks=[1,1]", "search.trials=2", "search.max_concurrent=1", "search.seed=0",
+        f"storage.path={tmp_path / 'runs'}", f"storage.cache={tmp_path / 'cache'}",
+    ]  # fmt: skip
+    base = spec.load(ROOT / "jobs/specs/digits.yaml", [*overrides, "search.early_stop={grace_epochs: 1, reduction: 2}", "search.objectives={validation_error: min, macs: min}"])
+    problem = tune.Problem(base, {}, {"train.learning_rate": (0.1, 1e-6)})
+    before = tune._placement_groups()
+    found = tune.run(problem, lambda *_, **__: None)
+    assert {trial.params["train.learning_rate"]: trial.state for trial in found.trials} == {0.1: "done", 1e-6: "stopped"}
+    assert tune._placement_groups() == before
+    assert artifact.read(tmp_path / "runs/digits/search/trials" / found.trials[0].id / "train").scores["validation_accuracy"] > 0.2

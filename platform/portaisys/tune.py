@@ -7,10 +7,12 @@ Knows no training: a trial is `launch.run` up to its engine, in the trial's own 
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
 import os
+import random
 import statistics
 import time
 import uuid
@@ -218,8 +220,8 @@ def _take_up(study: Any) -> int:
 
 def _ended(study: Any) -> list[Trial]:
     """Trials that came to an end, not those that a dead driver left."""
-    found = [trial for trial in study.get_trials(deepcopy=False) if "ended" in trial.user_attrs]
-    return [Trial(trial_id(trial.params), params=dict(trial.params), **trial.user_attrs["ended"]) for trial in found]
+    ends = [trial.user_attrs["ended"] for trial in study.get_trials(deepcopy=False) if "ended" in trial.user_attrs]
+    return [Trial(trial_id(end["params"]), **end) for end in ends]
 
 
 def _run_tune(evaluate: Evaluate, space: Space, options: spec.Search, folder: Path, count: int, resources: Mapping[str, float], selector: Mapping[str, str], tell: Tell | None) -> None:
@@ -265,11 +267,38 @@ def _trainable(config: Params, evaluate: Evaluate) -> None:
 
 
 class _Recorded(OptunaSearch):  # type: ignore[misc]
-    """Ray's searcher leaves a trial without all its objectives (stopped, failed, NaN) open for ever; here each gets its end."""
+    """Ray's searcher leaves a trial without all its objectives (stopped, failed, NaN) open for ever; here each gets its end.
+
+    And the sampler is asked again when it names what was tried before, which costs it a sixth of 40 trials on a small grid
+    (docs/log.md, 2026-11-24). `space`: as the user wrote it; Optuna is given the index of a list of numbers, see `_distribution`.
+    """
+
+    _values: Space
+    _tried: set[str]
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        for again in range(_ASKED_AGAIN + 1):
+            if again == _ASKED_AGAIN:
+                self._draw_untried()
+            params = _decoded(self._values, super().suggest(trial_id) or {})
+            if _name(params) not in self._tried:
+                break
+            if again < _ASKED_AGAIN:
+                self._ot_study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL)
+        self._tried.add(_name(params))
+        return params
+
+    def _draw_untried(self) -> None:
+        """The next trial asked for is drawn at random from what is left of a space of lists; an exhausted one begins again."""
+        if all(not isinstance(values, Range) for values in self._values.values()):
+            every = (dict(zip(self._values, point, strict=True)) for point in itertools.product(*self._values.values()))
+            left = [params for params in itertools.islice(every, 10_000) if _name(params) not in self._tried]
+            if left:
+                self._ot_study.enqueue_trial(_encoded(self._values, random.Random(len(self._tried)).choice(left)))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        end = _end(result or {}, error, self.metric)
         trial = self._ot_trials[trial_id]
+        end = _end(result or {}, error, self.metric) | {"params": _decoded(self._values, trial.params)}
         trial.set_user_attr("ended", end)
         if end["values"] is None:
             self._ot_study.tell(trial, state=TrialState.FAIL)
@@ -278,10 +307,34 @@ class _Recorded(OptunaSearch):  # type: ignore[misc]
 
 
 def _searcher(space: Space, options: spec.Search, folder: Path) -> OptunaSearch:
-    return _Recorded(
+    searcher = _Recorded(
         {name: _distribution(values) for name, values in space.items()},
         metric=list(options.objectives), mode=list(options.objectives.values()), sampler=_sampler(options, folder), storage=_storage(folder), study_name="search",
     )  # fmt: skip
+    searcher._values = space
+    searcher._tried = {trial.id for trial in _ended(_study(folder, options))}
+    return searcher
+
+
+_ASKED_AGAIN = 10
+
+
+def _name(params: Params) -> str:
+    return trial_id(params)  # `trial_id` is a parameter of Ray's in the searcher's methods
+
+
+def _ordered(values: Dimension) -> bool:
+    return not isinstance(values, Range) and len(values) > 1 and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+
+
+def _encoded(space: Space, params: Params) -> dict[str, Any]:
+    """Values as the sampler sees them."""
+    return {name: sorted(space[name]).index(value) if _ordered(space[name]) else value for name, value in params.items()}
+
+
+def _decoded(space: Space, params: Params) -> dict[str, Any]:
+    """The reverse of `_encoded`."""
+    return {name: sorted(space[name])[value] if _ordered(space[name]) else value for name, value in params.items()}
 
 
 def _sampler(options: spec.Search, folder: Path) -> Any:
@@ -294,8 +347,9 @@ def _sampler(options: spec.Search, folder: Path) -> Any:
 
 
 def _distribution(values: Dimension) -> Any:
+    """A list of numbers is given in order, as the index into it: TPE then knows that 0.03 lies between 0.01 and 0.1."""
     if not isinstance(values, Range):
-        return CategoricalDistribution(values)
+        return IntDistribution(0, len(values) - 1) if _ordered(values) else CategoricalDistribution(values)
     if isinstance(values.low, int) and isinstance(values.high, int):
         return IntDistribution(values.low, values.high, log=values.log, step=int(values.step or 1))
     return FloatDistribution(values.low, values.high, log=values.log, step=values.step)

@@ -55,7 +55,7 @@ _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Sh
 
 def fashion_mnist(options: spec.FashionMnist) -> Table:
     """The four gzip IDX files; pixels 0..255, rows of [1, 28, 28]; the t10k rows are the test split."""
-    folder = Path(options.path)
+    folder = Path(options.path).expanduser()
     if not folder.is_dir():
         raise UserError(f"data.path: no folder {folder}; install Debian's dataset-fashion-mnist or point data.path at the four gzip IDX files")
     x = [_idx(folder / f"{part}-images-idx3-ubyte.gz", (28, 28)) for part in ("train", "t10k")]
@@ -93,7 +93,7 @@ def _idx(path: Path, item: tuple[int, ...]) -> NDArray[np.uint8]:
 
 def npz(options: spec.Npz) -> Table:
     """Arrays `x` and `y` of an .npz file; `x_test`, `y_test` make an official test split; `labels` names the classes."""
-    arrays = _read_npz(Path(options.path))
+    arrays = _read_npz(Path(options.path).expanduser())
     x, y = _pair(arrays, "x", "y", options.path)
     test = None
     if "x_test" in arrays or "y_test" in arrays:
