@@ -58,6 +58,7 @@ def pretended(address):
 
 CHECK = """
 import json, sys, time, ray
+from portaisys import cluster, spec
 from ray.util.placement_group import placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False)
@@ -85,6 +86,13 @@ ray.util.remove_placement_group(replicas)
 ray.util.remove_placement_group(trials)
 more = placement_group([{"CPU": 1, "GPU": 1}], bundle_label_selector=[{"role": "train"}])
 found["one more worker"] = more.wait(5)  # six GPUs are free, and none of them is a training node's
+def refused(count):
+    try:
+        cluster.refuse_unplaceable("train.num_workers", "workers", count, {"CPU": 1.0, "GPU": 1.0}, {"role": "train"}, cluster.nodes(), cluster.grows_to())
+    except spec.UserError as error:
+        return str(error)
+
+found["refused"] = refused(16), refused(23)
 free = ray.available_resources()
 found["free GPUs"] = free.get("GPU", 0)
 print(json.dumps(found))
@@ -113,6 +121,8 @@ def test_16_workers_replicas_and_trials_land_on_their_nodes_and_training_never_t
         head.stop()
     assert found["workers"] == ["train"] * 16 and found["replicas"] == ["inference"] * 4 and found["trials"] == ["test"] * 2
     assert found["one more worker"] is False and found["free GPUs"] == 6
+    # The platform asks before it queues; of 22 GPUs in all an autoscaler's file tells the number, not the labels.
+    assert found["refused"][0] is None and "23 workers need 23 GPUs and the cluster's nodes with role=train have 16" in found["refused"][1]
 
 
 # --- the same roles elsewhere ---------------------------------------------------------------------------------------
