@@ -42,7 +42,7 @@ bench-setup: setup
 # The lock covers every supported Python; torch and what only its CUDA build needs stay out.
 lock:
 	uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
-	  --no-emit-index-url --no-emit-find-links --extra train --extra tensorrt-rtx --extra s3 --extra test --extra dev --no-emit-package torch -o requirements.lock
+	  --no-emit-index-url --no-emit-find-links --extra train --extra tensorrt-rtx --extra openvino --extra s3 --extra test --extra dev --no-emit-package torch -o requirements.lock
 
 clean:
 	rm -rf .venv .venvs build

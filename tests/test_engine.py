@@ -22,6 +22,7 @@ from portaisys import models, spec
 from portaisys.compress.quantize import quantize
 from portaisys.engine import BACKENDS, CannotExecute, Options, Tensor, backend, check_feeds
 from portaisys.engine import onnxruntime as cpu
+from portaisys.engine import openvino as vino
 from portaisys.engine import tensorrt as gpu
 from portaisys.export import export
 from portaisys.spec import BACKEND_PRECISIONS, Quantize, UserError
@@ -83,7 +84,7 @@ def test_every_backend_offers_the_whole_interface(name):
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match=r"engine\.backend: 'openvion' is not one of onnxruntime, tensorrt"):
+    with pytest.raises(UserError, match=r"engine\.backend: 'openvion' is not one of onnxruntime, openvino, tensorrt"):
         backend("openvion")
 
 
@@ -257,6 +258,52 @@ def test_inputs_of_different_lengths_are_refused():
     inputs = (Tensor("a", "float32", (-1,)), Tensor("b", "float32", (-1,)))
     with pytest.raises(UserError, match=r"same number of rows, at least one; they have \[2, 3\]"):
         check_feeds(inputs, {"a": np.zeros(2, np.float32), "b": np.zeros(3, np.float32)})
+
+
+# --- OpenVINO -------------------------------------------------------------------------------------------------------
+
+
+def opened(path, options, out):
+    vino.build(path, options, out)
+    return vino.load(out, options)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_openvino_answers_as_the_reference_does_at_every_batch(fp32, transformer, tmp_path, batch):
+    for path in (fp32, transformer):
+        x = rows(batch, seed=3)
+        (answer,) = opened(path, FP32, tmp_path / "engine").run({"x": x}).values()
+        np.testing.assert_allclose(answer, plain(path, x), rtol=1e-3, atol=1e-4)
+
+
+def test_openvino_takes_the_signed_int8_file_as_it_is(int8, tmp_path):
+    (answer,) = opened(int8, INT8, tmp_path / "engine").run({"x": rows(100)}).values()
+    assert relative(plain(int8, rows(100)), answer) < 0.02
+
+
+def test_openvino_computes_in_bf16_or_says_that_this_cpu_cannot(fp32, tmp_path):
+    if "bf16" not in Path("/proc/cpuinfo").read_text():
+        with pytest.raises(UserError, match=r"'bf16' has no arithmetic on this CPU"):
+            vino.build(fp32, Options("bf16"), tmp_path / "engine")
+        return
+    (answer,) = opened(fp32, Options("bf16"), tmp_path / "engine").run({"x": rows(20)}).values()
+    assert 1e-4 < relative(plain(fp32, rows(20)), answer) < 0.02  # not fp32 under another name
+
+
+def test_openvino_says_what_it_takes_and_what_it_cannot_open(fp32, tmp_path):
+    engine = opened(fp32, FP32, tmp_path / "engine")
+    assert engine.inputs == (Tensor("x", "float32", (-1, 1, 12, 12)),) and [tensor.shape for tensor in engine.outputs] == [(-1, 10)]
+    spread = np.repeat(rows(3), 2, axis=0)[::2]  # not contiguous
+    np.testing.assert_array_equal(*(next(iter(engine.run({"x": x}).values())) for x in (spread, rows(3))))
+    (tmp_path / "half").write_bytes((tmp_path / "engine").read_bytes()[:1000])
+    with pytest.raises(UserError, match="half: OpenVINO cannot open it"):
+        vino.load(tmp_path / "half", FP32)
+
+
+def test_without_openvino_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(UserError, match=r"pip install 'portaisys\[openvino\]'"):
+        vino.version()
 
 
 # --- TensorRT -------------------------------------------------------------------------------------------------------

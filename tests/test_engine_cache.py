@@ -145,7 +145,7 @@ def test_a_file_that_changed_after_it_was_found_is_not_loaded(build):
 
 
 def test_an_unknown_backend_is_refused(build):
-    with pytest.raises(UserError, match=r"engine\.backend: 'tvm' is not one of onnxruntime, tensorrt"):
+    with pytest.raises(UserError, match=r"engine\.backend: 'tvm' is not one of onnxruntime, openvino, tensorrt"):
         build(backend="tvm")
 
 

@@ -308,6 +308,16 @@ def test_every_verb_has_help_with_an_example(capsys):
         assert f"example:\n  portaisys {verb}" in capsys.readouterr().out
 
 
+def test_openvino_is_judged_and_published_with_bf16_where_the_cpu_has_it(tmp_path):
+    import openvino
+
+    has_bf16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    changes = ["engine.backend=openvino", "train.epochs=1", "compress=[{quantize: {}}]", f"engine.precisions=[fp32, {'bf16, ' * has_bf16}int8]", "gate.max_accuracy_drop=0.1"]
+    outcome = launch.run(short(tmp_path, *changes), quiet)
+    assert [(row["engine"], row["backend"]) for row in outcome.rows[1:]] == [(name, "openvino") for name in ("dense fp32", *["bf16"] * has_bf16, "int8")]
+    assert "accuracy" in outcome.rows[2]["verdicts"] and open_registry(short(tmp_path).storage).looks(outcome.version.lineage["test"]) == 2 + has_bf16
+
+
 def test_the_template_spec_runs_on_a_users_own_arrays(tmp_path, monkeypatch):
     from sklearn.datasets import load_digits
 

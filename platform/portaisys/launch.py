@@ -229,7 +229,7 @@ def preflight(options: Spec, splits: Splits, looks: int) -> None:
     device(options)
     torch.manual_seed(options.seed)
     models.build(options.model, splits.shape, len(splits.labels), splits.mean, splits.std)
-    candidates = sum(stage.kind in ("export", "quantize") for stage in plan(options))
+    candidates = sum(stage.kind in ("export", "quantize") for stage in plan(options)) + ("bf16" in options.precisions)
     if candidates > 1:
         gate.refuse_undecidable(len(splits.test), options.gate.max_accuracy_drop, options.gate.confidence, looks + candidates)
 

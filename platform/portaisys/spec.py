@@ -269,14 +269,14 @@ class Export(Section):
 
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
-BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {"onnxruntime": ("fp32", "int8"), "tensorrt": ("fp32", "int8")}
+BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {"onnxruntime": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8"), "tensorrt": ("fp32", "int8")}
 
 
 class Engine(Section):
     """`backend` is measured, gated and served; `also_build` are built, and run where the device is there."""
 
-    backend: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
-    also_build: tuple[Literal["onnxruntime", "tensorrt"], ...] = ()
+    backend: Literal["onnxruntime", "openvino", "tensorrt"] = "onnxruntime"
+    also_build: tuple[Literal["onnxruntime", "openvino", "tensorrt"], ...] = ()
     precisions: tuple[Precision, ...] | None = None
     threads: int = Field(1, ge=1)
 

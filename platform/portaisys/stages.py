@@ -157,19 +157,23 @@ def quantized(job: Job, draft: Draft) -> None:
 # --- judging and packing ------------------------------------------------------------------------------------------
 
 
-def subjects(parents: Mapping[str, Artifact]) -> list[Subject]:
-    """The candidates among the exported artifacts, plainest first; each must be faster than the one before."""
-    table = (("dense", DENSE, "fp32", None), ("small", "small fp32", "fp32", DENSE), ("int8", "int8", "int8", "small fp32" if "small" in parents else DENSE))
-    return [Subject(name, precision, parents[role], rival) for role, name, precision, rival in table if role in parents]
+def subjects(parents: Mapping[str, Artifact], precisions: Sequence[str]) -> list[Subject]:
+    """The candidates among the exported artifacts, plainest first; each must be faster than the fp32 one it would replace.
+
+    bf16 is the arithmetic of an engine, not another file: it is judged on the file that fp32 is.
+    """
+    smallest, fp32 = ("small", "small fp32") if "small" in parents else ("dense", DENSE)
+    table = [("dense", DENSE, "fp32", None), ("small", "small fp32", "fp32", DENSE), (smallest, "bf16", "bf16", fp32), ("int8", "int8", "int8", fp32)]
+    return [Subject(name, precision, parents[role], rival) for role, name, precision, rival in table if role in parents and precision in ("fp32", *precisions)]
 
 
 def judged(job: Job, draft: Draft) -> None:
     """judge: answers.npz, and the table with its verdicts as scores."""
-    candidates = subjects(job.parents)
+    candidates = subjects(job.parents, job.spec.precisions)
     dense = restore(job.spec, job.splits, job.parents["reference"].path)
     size = models.count(dense, job.splits.shape) | {"size_bytes": job.parents["reference"].file(WEIGHTS).stat().st_size}
     # Counted before anyone looks: a run that dies in between has looked all the same.
-    looks = job.looks([subject.artifact.digest for subject in candidates])
+    looks = job.looks([subject.artifact.digest + ("" if subject.precision != "bf16" else " bf16") for subject in candidates])
     with threads(job.spec.engine.threads):
         judgement = judge(job.spec, candidates, models.predictor(dense), size, job.splits.test, looks=looks, tell=job.tell)
     save_answers(draft.path / "answers.npz", judgement, job.splits.test)
@@ -193,7 +197,7 @@ def threads(count: int) -> Iterator[None]:
 def packed(job: Job, draft: Draft) -> None:
     """version: what serving needs, for the best admissible engine and the fp32 one it falls back to."""
     verdict = job.parents["judge"].scores
-    by_name = {subject.name: subject for subject in subjects(job.parents)}
+    by_name = {subject.name: subject for subject in subjects(job.parents, job.spec.precisions)}
     best: dict[str, Subject] = {}
     for name in verdict["admitted"]:
         best.setdefault(by_name[name].precision, by_name[name])

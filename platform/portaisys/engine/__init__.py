@@ -69,6 +69,7 @@ class CannotExecute(UserError):
 #   load(built: Path, options: Options) -> Engine     raises CannotExecute where it can only be built
 BACKENDS = {
     "onnxruntime": "portaisys.engine.onnxruntime",
+    "openvino": "portaisys.engine.openvino",
     "tensorrt": "portaisys.engine.tensorrt",
 }
 

@@ -18,12 +18,11 @@ from onnx import numpy_helper
 
 from portaisys.artifact import write_bytes
 from portaisys.engine import Arrays, Options, Tensor, check_feeds, read_for
+from portaisys.engine.cpu import device
 from portaisys.spec import UserError
 
 PRECISIONS = ("fp32", "int8")
 
-# What decides which integer kernels run, best first: (flag in /proc/cpuinfo, name of the device class).
-_CPU_CLASSES = (("amx_int8", "amx_int8"), ("avx512_vnni", "avx512_vnni"), ("avx_vnni", "avx2_vnni"), ("avx512bw", "avx512"), ("avx2", "avx2"))
 _X86 = ("x86_64", "AMD64")
 _DTYPES = {
     "tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16", "tensor(int64)": "int64",
@@ -34,15 +33,6 @@ _DTYPES = {
 def version() -> str:
     """Library and version."""
     return f"onnxruntime {onnxruntime.__version__}"
-
-
-def device(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Device class: "cpu-avx512_vnni", "cpu-avx512", "cpu-avx2", ...; "cpu-aarch64" or the like where x86's names do not apply."""
-    try:
-        flags = set(cpuinfo.read_text().split())
-    except OSError:
-        flags = set()
-    return "cpu-" + next((name for flag, name in _CPU_CLASSES if flag in flags), platform.machine() or "unknown")
 
 
 def build(onnx: Path, options: Options, out: Path) -> list[str]:

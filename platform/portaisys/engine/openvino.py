@@ -1,0 +1,107 @@
+"""OpenVINO on the CPU: often its fastest engine, and the only one with bf16 arithmetic.
+
+Takes the artifact's files as they are, the signed int8 one too. What is built is OpenVINO's own compiled form, which
+loads in a tenth of the time; it is good for this version and this kind of CPU, both of which are in the cache's key.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from portaisys.artifact import write_bytes
+from portaisys.engine import Arrays, Options, Tensor, check_feeds, read_for
+from portaisys.engine.cpu import device
+from portaisys.spec import UserError
+
+PRECISIONS = ("fp32", "bf16", "int8")
+# What is not int8 in an int8 file is computed in fp32: then the graph alone says what is computed how.
+_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
+
+
+def version() -> str:
+    """Library and version. Raises UserError naming the extra."""
+    return f"openvino {_library().__version__}"
+
+
+def build(onnx: Path, options: Options, out: Path) -> list[str]:
+    """Compile for this CPU and write the compiled form. Raises UserError when OpenVINO or this CPU refuses."""
+    openvino = _library()
+    read_for(onnx, options.precision)
+    core = openvino.Core()
+    _refuse_without_bf16(core, options.precision)
+    try:
+        compiled = core.compile_model(core.read_model(onnx), "CPU", _config(options))
+        write_bytes(out, compiled.export_model().getvalue())
+    except RuntimeError as error:
+        raise UserError(f"{onnx}: OpenVINO cannot compile it: {_reason(error)}") from error
+    return []
+
+
+def load(built: Path, options: Options) -> OpenVinoEngine:
+    """Open a compiled file. Raises UserError when OpenVINO refuses it."""
+    core = _library().Core()
+    _refuse_without_bf16(core, options.precision)
+    try:
+        return OpenVinoEngine(core.import_model(built.read_bytes(), "CPU", _config(options)), options.precision)
+    except RuntimeError as error:
+        raise UserError(f"{built}: OpenVINO cannot open it: {_reason(error)}") from error
+
+
+class OpenVinoEngine:
+    """A compiled model and its one request behind the Engine interface."""
+
+    backend = "openvino"
+
+    def __init__(self, compiled: Any, precision: str) -> None:
+        self._request = compiled.create_infer_request()
+        self.precision, self.device = precision, device()
+        self.inputs = tuple(_tensor(port) for port in compiled.inputs)
+        self.outputs = tuple(_tensor(port) for port in compiled.outputs)
+
+    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        """Outputs for a batch of inputs. Raises UserError for wrong names, types or shapes."""
+        check_feeds(self.inputs, feeds)
+        found = self._request.infer(dict(feeds), share_inputs=True)
+        return {tensor.name: found[index] for index, tensor in enumerate(self.outputs)}
+
+    def close(self) -> None:
+        """Free the request and its memory."""
+        self._request = None
+
+
+def _library() -> Any:
+    try:
+        return importlib.import_module("openvino")
+    except ImportError:
+        raise UserError("engine.backend: OpenVINO is not installed; pip install 'portaisys[openvino]'") from None
+
+
+def _config(options: Options) -> dict[str, Any]:
+    # Replicas share cores: threads as given, none of them pinned to a core that another replica's may be pinned to as well.
+    return {
+        "INFERENCE_NUM_THREADS": options.threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False,
+        "INFERENCE_PRECISION_HINT": _HINTS[options.precision],
+    }  # fmt: skip
+
+
+def _refuse_without_bf16(core: Any, precision: str) -> None:
+    """OpenVINO takes the hint on any CPU and computes in fp32 without a word."""
+    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise UserError(f"engine.precisions: 'bf16' has no arithmetic on this CPU ({device()}): it needs AVX-512 BF16 or AMX; leave bf16 out")
+
+
+def _tensor(port: Any) -> Tensor:
+    shape = tuple(size.get_length() if size.is_static else -1 for size in port.get_partial_shape())
+    # A compiled tensor carries the names of all that was folded into it; its node has the file's. An output's ends in its port.
+    name = port.get_node().get_friendly_name().partition("/sink_port_")[0]
+    return Tensor(name, port.get_element_type().to_dtype().name, shape)
+
+
+def _reason(error: Exception) -> str:
+    """The last line of OpenVINO's chain of checks: the cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
