@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from filelock import FileLock
 from onnx import numpy_helper
 from onnx_graphs import cnn, rows
 
 from portaisys import artifact, engine
+from portaisys.cli import main
 from portaisys.engine import CannotExecute, Options, cache
 from portaisys.engine import onnxruntime as cpu
 from portaisys.engine.cache import get_or_build, load
@@ -142,6 +145,56 @@ def test_a_file_that_changed_after_it_was_found_is_not_loaded(build):
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
+
+
+# --- size and soundness of the folder -------------------------------------------------------------------------------
+
+
+def test_beyond_its_bound_the_cache_loses_what_was_used_longest_ago(source, tmp_path):
+    folder = tmp_path / "cache"
+    built = [get_or_build(source, "onnxruntime", Options("fp32", max_batch=size), folder) for size in (8, 16, 32)]
+    for age, one in zip((30, 20, 10), built, strict=True):
+        os.utime(folder / one.key, (time.time() - age,) * 2)
+    get_or_build(source, "onnxruntime", Options("fp32", max_batch=8), folder)  # used again: now the second is the oldest
+    assert [entry.key for entry in cache.entries(folder)] == [built[0].key, built[2].key, built[1].key]
+    each = cache.entries(folder)[0].size_bytes
+    last = get_or_build(source, "onnxruntime", Options("fp32", max_batch=64), folder, max_bytes=int(2.5 * each))
+    assert {entry.key for entry in cache.entries(folder)} == {built[0].key, last.key}
+    assert {entry.key for entry in cache.prune(folder, 0)} == {built[0].key, last.key} and cache.entries(folder) == []
+
+
+def test_what_is_being_built_is_not_pruned_and_the_newest_stays_however_small_the_bound(build, source, tmp_path):
+    first = build()
+    with FileLock(tmp_path / "cache" / f"{first.key}.lock"):
+        assert cache.prune(tmp_path / "cache", 0) == []
+    second = get_or_build(source, "onnxruntime", Options("fp32", max_batch=16), tmp_path / "cache", max_bytes=1)
+    assert [entry.key for entry in cache.entries(tmp_path / "cache")] == [second.key]
+
+
+def test_an_engine_of_a_folder_that_cannot_be_written_is_used(build, source, tmp_path, monkeypatch):
+    first = build()
+
+    def refuse(*arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for target, name in ((cache, "FileLock"), (os, "utime")):
+        monkeypatch.setattr(target, name, refuse)
+    assert build().path == first.path
+    with pytest.raises(UserError, match=r"storage\.cache: .* cannot be written \(Read-only file system\)"):
+        build(Options("fp32", max_batch=16))
+
+
+def test_the_command_lists_verifies_and_prunes(build, tmp_path, capsys):
+    folder = tmp_path / "home"
+    built = get_or_build(tmp_path / "cnn.onnx", "onnxruntime", FP32, folder / "engines")
+    assert main(["cache", "list", "--cache", str(folder)]) == 0
+    assert built.key[:12] in (said := capsys.readouterr().out) and "1 engines" in said
+    built.path.write_bytes(built.path.read_bytes()[:-1])
+    assert main(["cache", "verify", "--cache", str(folder)]) == 0
+    assert f"removed {built.key[:12]}" in (said := capsys.readouterr().out) and "differs from its manifest" in said and "0 engines" in said
+    assert main(["cache", "prune", "--max-gib", "0", "--cache", str(folder)]) == 0
+    assert main(["cache", "prune", "--max-gib", "-1", "--cache", str(folder)]) == 2
+    assert main(["cache", "list", "--cache", str(tmp_path / "nowhere")]) == 2
 
 
 def test_an_unknown_backend_is_refused(build):

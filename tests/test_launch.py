@@ -301,7 +301,7 @@ def test_the_command_shows_versions_ledger_and_rolls_back(finished, capsys):
 
 
 def test_every_verb_has_help_with_an_example(capsys):
-    for verb in ("run", "demo", "spec", "versions", "promote", "rollback", "ledger", "serve"):
+    for verb in ("run", "train", "tune", "demo", "spec", "versions", "promote", "rollback", "ledger", "serve", "deploy", "cache"):
         with pytest.raises(SystemExit) as stop:
             main([verb, "--help"])
         assert stop.value.code == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from portaisys import spec
-from portaisys.screen import Screen, closing_table, console, ledger_table, search_table, stage_table, versions_table
+from portaisys.screen import Screen, closing_table, console, entries_table, ledger_table, search_table, stage_table, versions_table
 from portaisys.spec import Storage, UserError
 
 _EXAMPLES = """examples:
@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _verb(verbs, rollback, "put back the version that was in production before", "portaisys rollback digits", _name_argument, _because_arguments, _storage_arguments)
     _verb(verbs, ledger, "show and check the append-only ledger", "portaisys ledger", _storage_arguments)
     _verb(verbs, serve, "serve a version over HTTP with Ray Serve", "portaisys serve digits@production", _version_argument, _serve_arguments, _storage_arguments)
+    _verb(verbs, cache, "list, check or shrink the cache of built engines", "portaisys cache prune --max-gib 5", _cache_arguments)
     _verb(verbs, deploy, "check a Serve config strictly, deploy it, wait until it runs", "portaisys deploy serve_apps/digits.yaml", _deploy_arguments)
     return parser
 
@@ -106,6 +107,12 @@ def _serve_arguments(parser: Any) -> None:
     for flag, default in (("port", 8000), ("replicas", 1), ("threads", 1), ("max-queue", 1024)):
         parser.add_argument(f"--{flag}", type=_positive, default=default, help="default: %(default)s")
     parser.add_argument("--max-batch", type=_positive, help="default: what the version was verified up to")
+
+
+def _cache_arguments(parser: Any) -> None:
+    parser.add_argument("action", choices=("list", "verify", "prune"), help="verify hashes every byte and removes what is not what its builder wrote")
+    parser.add_argument("--cache", default=Storage().cache, help="storage.cache (default: %(default)s)")
+    parser.add_argument("--max-gib", type=float, default=Storage().max_cache_gib, help="prune: what may stay (default: %(default)s)")
 
 
 def _deploy_arguments(parser: Any) -> None:
@@ -207,6 +214,22 @@ def serve(options: argparse.Namespace) -> None:
     with serving(arguments, host=options.host, port=options.port) as url:
         console.print(f"ready: {url}/v2/models/{options.reference.partition('@')[0]}/infer (stop with Ctrl-C)", soft_wrap=True)
         until_stopped()
+
+
+def cache(options: argparse.Namespace) -> None:
+    from portaisys.engine import cache as engines
+
+    folder = Storage(cache=options.cache).cache_dir / "engines"
+    if options.action == "prune" and options.max_gib < 0:
+        raise UserError(f"--max-gib: {options.max_gib:g} is negative; 0 removes every engine")
+    gone = []
+    if options.action == "verify":
+        gone = engines.remove_unsound(folder)
+    elif options.action == "prune":
+        gone = engines.prune(folder, int(options.max_gib * 2**30))
+    console.print(entries_table(engines.entries(folder), folder))
+    for entry in gone:
+        console.print(f"removed {entry.key[:12]} ({entry.backend} {entry.precision}, {entry.size_bytes / 2**20:.1f} MiB){f': {entry.problem}' if entry.problem else ''}", soft_wrap=True)
 
 
 def deploy(options: argparse.Namespace) -> None:

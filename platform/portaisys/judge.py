@@ -113,7 +113,7 @@ def _engines(spec: Spec, subjects: Sequence[Subject], options: Options, tell: Ca
 
 def _build(spec: Spec, subject: Subject, backend: str, options: Options, tell: Callable[[str], None]) -> Built:
     tell(f"building {subject.name} with {backend}")
-    return get_or_build(subject.artifact.file("model.onnx"), backend, replace(options, precision=subject.precision), spec.storage.cache_dir / "engines")
+    return get_or_build(subject.artifact.file("model.onnx"), backend, replace(options, precision=subject.precision), spec.storage.cache_dir / "engines", spec.storage.max_cache_bytes)
 
 
 def _row(subject: Subject, built: Built, status: str) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -100,6 +101,16 @@ def search_table(found: Any, objectives: Iterable[str]) -> None:
     for name, place in (("best spec", found.best or "-"), ("chosen as", found.because), ("report", found.report), ("trials", found.folder / "trials.jsonl")):
         places.add_row(f"[bold]{name}", str(place))
     console.print(places)
+
+
+def entries_table(entries: Sequence[Any], folder: Any) -> Table:
+    """One line a built engine, last used first."""
+    total = sum(entry.size_bytes for entry in entries) / 2**20
+    table = Table("key", "backend", "precision", "device", "MiB", "last used", "state", title=f"{len(entries)} engines, {total:.1f} MiB in {folder}", box=box.SIMPLE)
+    for entry in entries:
+        used = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.used))
+        table.add_row(entry.key[:12], entry.backend, entry.precision, entry.device, f"{entry.size_bytes / 2**20:.1f}", used, entry.problem or "sound")
+    return table
 
 
 def versions_table(versions: Sequence[Any]) -> Table:

@@ -348,6 +348,8 @@ class Storage(Section):
     path: str = "runs"
     shared: bool = False
     cache: str = "~/.cache/portaisys"
+    # Of built engines on this machine; beyond it those go that were used longest ago.
+    max_cache_gib: float = Field(20.0, gt=0)
 
     @property
     def remote(self) -> bool:
@@ -356,6 +358,10 @@ class Storage(Section):
     @property
     def cache_dir(self) -> Path:
         return Path(self.cache).expanduser().resolve()
+
+    @property
+    def max_cache_bytes(self) -> int:
+        return int(self.max_cache_gib * 2**30)
 
 
 class Spec(Section):

@@ -2,12 +2,14 @@
 
 An entry is an artifact (`artifact.py`) named by its key: the ONNX file's digest, the backend's version and code, the
 device, the precision and the profile. One process builds, the others wait. An entry whose bytes are not those its
-builder wrote is built again, never loaded: a plan is native code. Knows nothing of what engines compute.
+builder wrote is built again, never loaded: a plan is native code. A folder that grows beyond its bound loses what was
+used longest ago. Knows nothing of what engines compute.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -40,9 +42,10 @@ class Built:
     build_s: float
 
 
-def get_or_build(onnx: Path, backend: str, options: Options, cache_dir: Path) -> Built:
-    """The engine of an ONNX file, from `cache_dir` or built into it.
+def get_or_build(onnx: Path, backend: str, options: Options, cache_dir: Path, max_bytes: int | None = None) -> Built:
+    """The engine of an ONNX file, from `cache_dir` or built into it, which may then hold `max_bytes`.
 
+    A folder that cannot be written is good enough for what stands in it.
     Raises UserError for an unknown backend or precision, a missing library, an unreadable ONNX file or cache folder.
     """
     module = engine.backend(backend)
@@ -50,12 +53,16 @@ def get_or_build(onnx: Path, backend: str, options: Options, cache_dir: Path) ->
         raise UserError(f"engine.precisions: {options.precision!r} is not one of {', '.join(module.PRECISIONS)}, which backend {backend!r} has")
     about = _about(onnx, backend, module, options)
     key = digest(about)
-    with _alone(cache_dir, key):
-        found, notes = _find(cache_dir / key, key)
-        if found is None:
-            _build(onnx, module, options, cache_dir / key, about)
-            found = artifact.read(cache_dir / key)
-            return _built(found, reused=False, notes=notes)
+    found, notes = _find(cache_dir / key, key)  # entries appear whole, so whoever only reads needs no lock
+    if found is None:
+        with _alone(cache_dir, key):
+            found, notes = _find(cache_dir / key, key)
+            if found is None:
+                _build(onnx, module, options, cache_dir / key, about)
+                if max_bytes is not None:
+                    prune(cache_dir, max_bytes, keep=key)
+                return _built(artifact.read(cache_dir / key), reused=False, notes=notes)
+    _used_now(cache_dir / key)
     return _built(found, reused=True, notes=notes)
 
 
@@ -66,6 +73,75 @@ def load(built: Built, options: Options) -> Engine:
     module = engine.backend(built.backend)
     loaded: Engine = module.load(built.path, options)
     return loaded
+
+
+# --- what stands there ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry of the cache. `used`: seconds since the epoch; `problem`: why it would be built again, empty when sound."""
+
+    key: str
+    backend: str
+    precision: str
+    device: str
+    size_bytes: int
+    used: float
+    problem: str = ""
+
+
+def entries(cache_dir: Path, *, verify: bool = False) -> list[Entry]:
+    """All entries, last used first; with `verify` every byte is hashed. Raises UserError when there is no such folder."""
+    if not cache_dir.is_dir():
+        raise UserError(f"{cache_dir}: no engine cache there; name the folder with --cache, engines stand in its engines/")
+    found = [_entry(path, verify) for path in cache_dir.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    return sorted(found, key=lambda entry: -entry.used)
+
+
+def prune(cache_dir: Path, max_bytes: int, *, keep: str = "") -> list[Entry]:
+    """Remove what was used longest ago until at most `max_bytes` are left; returns what went. `keep`, and what is being built, stays."""
+    there = entries(cache_dir)
+    total, gone = sum(entry.size_bytes for entry in there), []
+    for entry in reversed(there):
+        if total <= max_bytes:
+            break
+        if entry.key != keep and _remove(cache_dir, entry.key):
+            total -= entry.size_bytes
+            gone.append(entry)
+    return gone
+
+
+def remove_unsound(cache_dir: Path) -> list[Entry]:
+    """Hash every entry and remove those that would be built again; returns them."""
+    return [entry for entry in entries(cache_dir, verify=True) if entry.problem and _remove(cache_dir, entry.key)]
+
+
+def _entry(path: Path, verify: bool) -> Entry:
+    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    used = path.stat().st_mtime
+    try:
+        about = artifact.read(path, verify=verify).spec
+        return Entry(path.name, about["backend"], about["options"]["precision"], about["device"], size, used)
+    except (UserError, OSError, KeyError, TypeError) as error:
+        return Entry(path.name, "?", "?", "?", size, used, str(error))
+
+
+def _remove(cache_dir: Path, key: str) -> bool:
+    """Remove one entry, unless somebody is building it. A process that has it open keeps what it has."""
+    try:
+        with FileLock(cache_dir / f"{key}.lock", timeout=0):
+            shutil.rmtree(cache_dir / key)
+    except Timeout:
+        return False
+    except OSError as error:
+        raise UserError(f"{cache_dir / key}: cannot be removed ({error.strerror}); the cache stays as large as it is") from error
+    return True
+
+
+def _used_now(entry: Path) -> None:
+    with contextlib.suppress(OSError):  # of a folder that is only read nobody prunes
+        os.utime(entry)
 
 
 def _about(onnx: Path, backend: str, module: Any, options: Options) -> dict[str, Any]:
