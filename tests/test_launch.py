@@ -318,6 +318,18 @@ def test_openvino_is_judged_and_published_with_bf16_where_the_cpu_has_it(tmp_pat
     assert "accuracy" in outcome.rows[2]["verdicts"] and open_registry(short(tmp_path).storage).looks(outcome.version.lineage["test"]) == 2 + has_bf16
 
 
+def test_auto_serves_with_the_backend_it_chose_and_keeps_the_table(tmp_path):
+    changes = ["engine.backend=auto", "train.epochs=1", "compress=[{quantize: {}}]", "gate.max_accuracy_drop=0.1"]
+    outcome = launch.run(short(tmp_path, *changes), quiet)
+    scores = outcome.artifacts["choose"].scores
+    best = min((line for line in scores["table"] if line["ms"]), key=lambda line: line["ms"]["1"][0])
+    assert (scores["backend"], scores["precision"]) == (best["backend"], best["precision"]) and "ms at batch 1" in outcome.artifacts["choose"].notes[0]
+    assert {row["backend"] for row in outcome.rows[1:]} == {scores["backend"]}
+    about = json.loads((outcome.artifacts["version"].path / "version.json").read_text())
+    assert about["backend"] == scores["backend"] and f"chosen by speed: {scores['precision']}" in outcome.report.read_text()
+    assert launch.run(short(tmp_path, *changes), quiet).reused == tuple(outcome.artifacts)
+
+
 def test_the_template_spec_runs_on_a_users_own_arrays(tmp_path, monkeypatch):
     from sklearn.datasets import load_digits
 

@@ -24,7 +24,7 @@ import yaml
 from portaisys import artifact, cluster, data, gate, metrics, models, report, spec, store
 from portaisys.artifact import Artifact
 from portaisys.data import Splits
-from portaisys.engine import backend
+from portaisys.engine import available, backend
 from portaisys.registry import Registry, Version, open_registry
 from portaisys.spec import Spec, UserError
 from portaisys.stages import STAGES, Fit, Job, carry_out, threads
@@ -80,9 +80,13 @@ def plan(options: Spec) -> list[Stage]:
     if options.quantize and "int8" in options.precisions:
         stages.append(Stage("quantize", "quantize", {"model": list(exported.values())[-1]}, (), options.quantize.model_dump()))
         exported["int8"] = "quantize"
-    device = {"device": backend(options.engine.backend).device(), "version": backend(options.engine.backend).version()}
-    stages.append(Stage("judge", "judge", {"reference": "train"} | exported, ("seed", "engine", "gate", "export"), device))
-    stages.append(Stage("version", "version", {"judge": "judge", "reference": "train"} | exported, ("name", "engine", "gate", "export")))
+    chosen = {}
+    if options.engine.backend == "auto":
+        stages.append(Stage("choose", "choose", dict(exported), ("seed", "engine", "export"), available()))
+        chosen = {"choice": "choose"}
+    device = available() if chosen else {"device": backend(options.engine.backend).device(), "version": backend(options.engine.backend).version()}
+    stages.append(Stage("judge", "judge", {"reference": "train"} | exported | chosen, ("seed", "engine", "gate", "export"), device))
+    stages.append(Stage("version", "version", {"judge": "judge", "reference": "train"} | exported | chosen, ("name", "engine", "gate", "export")))
     return stages
 
 
@@ -212,9 +216,9 @@ def _log_file(folder: Path, stage: str, key: str) -> Path:
 
 def preflight(options: Spec, splits: Splits, looks: int) -> None:
     """Refuse, before any work is spent, what cannot end well. `looks`: candidates that saw this test split before. Raises UserError."""
-    for name in (options.engine.backend, *options.engine.also_build):
+    for name in {options.engine.backend, *options.engine.also_build} - {"auto"}:
         backend(name).version()
-    if backend(options.engine.backend).device() == "none":
+    if options.engine.backend != "auto" and backend(options.engine.backend).device() == "none":
         raise UserError(
             f"engine.backend: {options.engine.backend} cannot run on this machine, which has no GPU, so it could not be judged; "
             f"set engine.backend=onnxruntime, and engine.also_build=[{options.engine.backend}] to build it all the same"

@@ -59,7 +59,7 @@ def write(path: Path, spec: Spec, artifacts: Mapping[str, Artifact], logs: Mappi
     rows = artifacts["judge"].scores["rows"]
     best = artifacts["version"].scores["admitted"][0]
     parts = [
-        f"<h1>{html.escape(spec.name)}</h1><p>Published as <b>{html.escape(version)}</b>, served by <b>{html.escape(best)}</b> on {spec.engine.backend}.</p>",
+        f"<h1>{html.escape(spec.name)}</h1><p>Published as <b>{html.escape(version)}</b>, served by <b>{html.escape(best)}</b> on {_backend(rows, best)}{_choice(artifacts)}.</p>",
         "<h2>Candidates</h2>", _table(rows, best),
         "<h2>Verdicts</h2>", _intervals(rows), _verdicts(rows, artifacts["judge"].scores["looks"]),
         "<h2>Training</h2>", _curves(logs),
@@ -69,6 +69,18 @@ def write(path: Path, spec: Spec, artifacts: Mapping[str, Artifact], logs: Mappi
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(spec.name)}: report</title><style>{_STYLE}</style>{"".join(parts)}</html>\n'
     artifact.write_text(path, page)
     return path
+
+
+def _backend(rows: Sequence[Mapping[str, Any]], best: str) -> str:
+    return str(next(row["backend"] for row in rows if row["engine"] == best))
+
+
+def _choice(artifacts: Mapping[str, Artifact]) -> str:
+    """Why this backend, where `auto` chose it."""
+    if "choose" not in artifacts:
+        return ""
+    scores = artifacts["choose"].scores
+    return f", chosen by speed: {html.escape(scores['precision'])}, {html.escape(scores['because'])}"
 
 
 def _table(rows: Sequence[Mapping[str, Any]], best: str) -> str:

@@ -273,17 +273,28 @@ BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {"onnxruntime": ("fp32", "int8"
 
 
 class Engine(Section):
-    """`backend` is measured, gated and served; `also_build` are built, and run where the device is there."""
+    """`backend` is measured, gated and served; `also_build` are built, and run where the device is there.
 
-    backend: Literal["onnxruntime", "openvino", "tensorrt"] = "onnxruntime"
+    `auto` times what this machine can run and takes the best by `objective`: the least latency at batch 1, or the most
+    rows a second whose p99 is within `p99_limit_ms`.
+    """
+
+    backend: Literal["auto", "onnxruntime", "openvino", "tensorrt"] = "onnxruntime"
+    objective: Literal["latency", "throughput"] = "latency"
+    p99_limit_ms: float | None = Field(None, gt=0)
     also_build: tuple[Literal["onnxruntime", "openvino", "tensorrt"], ...] = ()
     precisions: tuple[Precision, ...] | None = None
     threads: int = Field(1, ge=1)
 
     @model_validator(mode="after")
     def _backend_has_precision(self) -> Engine:
+        known = {precision for precisions in BACKEND_PRECISIONS.values() for precision in precisions}
+        if self.backend == "auto" and (odd := sorted(set(self.precisions or ()) - known)):
+            raise ValueError(f".precisions: {odd[0]!r} is not one of {', '.join(sorted(known))}, which some backend has")
+        if self.p99_limit_ms is not None and (self.backend, self.objective) != ("auto", "throughput"):
+            raise ValueError(".p99_limit_ms: only a choice by throughput heeds it; set engine.backend=auto and engine.objective=throughput, or leave it out")
         for precision in self.precisions or ():
-            for backend in (self.backend, *self.also_build):
+            for backend in {self.backend, *self.also_build} - {"auto"}:
                 if precision not in BACKEND_PRECISIONS[backend]:
                     raise ValueError(f".precisions: {precision!r} is not one of {', '.join(BACKEND_PRECISIONS[backend])}, which backend {backend!r} has")
         return self

@@ -10,7 +10,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ from portaisys.compress.distill import distillation
 from portaisys.compress.prune import prune
 from portaisys.compress.quantize import quantize
 from portaisys.data import Splits
-from portaisys.engine import Options
+from portaisys.engine import Options, choose
 from portaisys.engine.cache import get_or_build, load
 from portaisys.export import INPUT, OUTPUT, export
 from portaisys.judge import DENSE, Subject, judge, save_answers
-from portaisys.spec import Distill, Spec, Train
+from portaisys.spec import BACKEND_PRECISIONS, Distill, Spec, Train
 from portaisys.train import Loss, Place, Report, fit, score
 
 WEIGHTS = "model.safetensors"
@@ -167,8 +167,39 @@ def subjects(parents: Mapping[str, Artifact], precisions: Sequence[str]) -> list
     return [Subject(name, precision, parents[role], rival) for role, name, precision, rival in table if role in parents and precision in ("fp32", *precisions)]
 
 
+def chosen(job: Job, draft: Draft) -> None:
+    """choose: choice.json, the backend that is fastest here; the table it was picked from as scores."""
+    options, export = job.spec.engine, job.spec.export
+    files = {subject.precision: subject.artifact.file("model.onnx") for subject in subjects(job.parents, job.spec.precisions)}  # of two fp32 ones the small
+    settings = Options(opt_batch=export.opt_batch, max_batch=export.max_batch, threads=options.threads)
+    batches = sorted({1, export.opt_batch, export.max_batch})
+    cache, most = job.spec.storage.cache_dir / "engines", job.spec.storage.max_cache_bytes
+    table = choose.measure(
+        files, job.splits.calibration.x, settings, cache, batches=batches, rounds=CHOICE_ROUNDS, seed=job.spec.seed, max_bytes=most, tell=job.tell
+    )
+    best, because = choose.pick(table, options.objective, options.p99_limit_ms)
+    # In the digest is what was chosen, not its milliseconds: the same choice makes the same version.
+    (draft.path / "choice.json").write_text(json.dumps({"backend": best.backend}))
+    draft.scores.update(table=[asdict(line) for line in table], backend=best.backend, precision=best.precision, because=because)
+    draft.notes.append(f"{best.backend} {best.precision}: {because}")
+
+
+CHOICE_ROUNDS = 50
+
+
+def _decided(job: Job) -> Spec:
+    """The spec with the backend that `auto` came to."""
+    if "choice" not in job.parents:
+        return job.spec
+    backend = json.loads(job.parents["choice"].file("choice.json").read_text())["backend"]
+    has = BACKEND_PRECISIONS[backend]
+    engine = job.spec.engine.model_copy(update={"backend": backend, "precisions": tuple(name for name in job.spec.precisions if name in has)})
+    return job.spec.model_copy(update={"engine": engine})
+
+
 def judged(job: Job, draft: Draft) -> None:
     """judge: answers.npz, and the table with its verdicts as scores."""
+    job = replace(job, spec=_decided(job))
     candidates = subjects(job.parents, job.spec.precisions)
     dense = restore(job.spec, job.splits, job.parents["reference"].path)
     size = models.count(dense, job.splits.shape) | {"size_bytes": job.parents["reference"].file(WEIGHTS).stat().st_size}
@@ -196,6 +227,7 @@ def threads(count: int) -> Iterator[None]:
 
 def packed(job: Job, draft: Draft) -> None:
     """version: what serving needs, for the best admissible engine and the fp32 one it falls back to."""
+    job = replace(job, spec=_decided(job))
     verdict = job.parents["judge"].scores
     by_name = {subject.name: subject for subject in subjects(job.parents, job.spec.precisions)}
     best: dict[str, Subject] = {}
@@ -234,6 +266,7 @@ STAGES: dict[str, Callable[[Job, Draft], None]] = {
     "distill": trained,
     "export": exported,
     "quantize": quantized,
+    "choose": chosen,
     "judge": judged,
     "version": packed,
 }

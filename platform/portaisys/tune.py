@@ -564,7 +564,9 @@ def _reporter(folder: Path, report: Report) -> Tell:
 def _engine(options: Spec, onnx: Path) -> Engine:
     precision = "int8" if options.quantize and "int8" in options.precisions and onnx.parent.name == "quantize" else "fp32"
     settings = Options(precision, options.export.opt_batch, options.export.max_batch, options.engine.threads)
-    return load(get_or_build(onnx, options.engine.backend, settings, options.storage.cache_dir / "engines", options.storage.max_cache_bytes), settings)
+    # One backend for all trials, or their latencies would not compare; `auto` is for the run of the best spec.
+    backend = "onnxruntime" if options.engine.backend == "auto" else options.engine.backend
+    return load(get_or_build(onnx, backend, settings, options.storage.cache_dir / "engines", options.storage.max_cache_bytes), settings)
 
 
 def _runner(engine: Engine) -> Callable[[NDArray[Any]], NDArray[Any]]:

@@ -5,6 +5,7 @@ An engine takes named arrays and gives named arrays. It knows neither data sets 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,17 @@ def backend(name: str) -> Any:
     return importlib.import_module(BACKENDS[name])
 
 
+def available() -> dict[str, str]:
+    """Backends that run on this machine: name -> "version on device"."""
+    found = {}
+    for name in BACKENDS:
+        with contextlib.suppress(UserError):  # not installed
+            module = backend(name)
+            if module.device() != "none":
+                found[name] = f"{module.version()} on {module.device()}"
+    return found
+
+
 def read_onnx(path: Path) -> Any:
     """The checked `onnx.ModelProto` in a file. Raises UserError when there is none, or it is damaged or not self-contained."""
     import onnx  # 0.3 s, and whoever only names a type of this module does not need it
@@ -129,4 +141,4 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-__all__ = ["BACKENDS", "Arrays", "CannotExecute", "Engine", "Options", "Status", "Tensor", "backend", "check_feeds", "np", "read_for", "read_onnx"]
+__all__ = ["BACKENDS", "Arrays", "CannotExecute", "Engine", "Options", "Status", "Tensor", "available", "backend", "check_feeds", "np", "read_for", "read_onnx"]

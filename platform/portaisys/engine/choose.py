@@ -1,0 +1,96 @@
+"""`engine.backend: auto`: build what this machine can run, time all of it interleaved, take the fastest by the objective.
+
+Speed only: whether the answers are good enough is for the gate, which judges the engines of the backend chosen here. An
+int8 engine counts only against what it would replace: it wins by being faster, never by being int8.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from portaisys import evaluate
+from portaisys.engine import BACKENDS, Engine, Options
+from portaisys.engine.cache import get_or_build, load
+from portaisys.spec import UserError
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A line of the table. `ms`: batch -> (p50, p99) milliseconds; None where the engine does not run here, and `because` says why."""
+
+    backend: str
+    precision: str
+    ms: Mapping[int, tuple[float, float]] | None
+    because: str = ""
+
+
+def measure(
+    files: Mapping[str, Path], rows: NDArray[np.float32], options: Options, cache_dir: Path, *, batches: Sequence[int], rounds: int, seed: int = 0,
+    max_bytes: int | None = None, tell: Callable[[str], None] = lambda text: None,
+) -> list[Timed]:  # fmt: skip
+    """Time every backend and precision that runs here on `rows`, all interleaved at each batch size. `files`: precision -> ONNX file."""
+    engines: dict[tuple[str, str], Engine] = {}
+    refused: list[Timed] = []
+    for name in BACKENDS:
+        for precision, file in files.items():
+            tell(f"building {precision} with {name}")
+            found = _open(name, file, replace(options, precision=precision), cache_dir, max_bytes)
+            if isinstance(found, str):
+                refused.append(Timed(name, precision, None, found))
+            else:
+                engines[name, precision] = found
+    ms: dict[tuple[str, str], dict[int, tuple[float, float]]] = {key: {} for key in engines}
+    for batch in batches:
+        tell(f"timing {len(engines)} engines at batch {batch}")
+        x = np.resize(rows, (batch, *rows.shape[1:]))
+        calls = {f"{name} {precision}": partial(engine.run, {engine.inputs[0].name: x}) for (name, precision), engine in engines.items()}
+        times = evaluate.latency(calls, rounds, 10, seed)
+        for name, precision in engines:
+            p50, p99 = np.percentile(times[f"{name} {precision}"], (50, 99))
+            ms[name, precision][batch] = (float(p50), float(p99))
+    for engine in engines.values():
+        engine.close()
+    return [Timed(*key, found) for key, found in ms.items()] + refused
+
+
+def _open(name: str, file: Path, options: Options, cache_dir: Path, max_bytes: int | None) -> Engine | str:
+    """The engine, or why it does not run here."""
+    module = importlib.import_module(BACKENDS[name])
+    if options.precision not in module.PRECISIONS:
+        return f"{name} has no {options.precision}"
+    try:
+        if module.device() == "none":
+            return "no device for it on this machine"
+        return load(get_or_build(file, name, options, cache_dir, max_bytes), options)
+    except UserError as error:
+        return str(error)
+
+
+def pick(table: Sequence[Timed], objective: str, p99_limit_ms: float | None = None) -> tuple[Timed, str]:
+    """The best line and why: `latency`, the least median at the smallest batch; `throughput`, the most rows a second at a p99 within the limit.
+
+    Raises UserError when nothing runs, or nothing keeps the limit.
+    """
+    runs = [line for line in table if line.ms]
+    if not runs:
+        raise UserError(f"engine.backend: nothing runs on this machine: {'; '.join(f'{line.backend} {line.precision}: {line.because}' for line in table)}")
+    if objective == "latency":
+        best = min(runs, key=lambda line: _p50(line, min(line.ms or {})))
+        batch = min(best.ms or {})
+        return best, f"{_p50(best, batch):.3f} ms at batch {batch}, the least of {len(runs)} engines"
+    rates = [(batch / p50 * 1e3, line, batch) for line in runs for batch, (p50, p99) in (line.ms or {}).items() if p99_limit_ms is None or p99 <= p99_limit_ms]
+    if not rates:
+        raise UserError(f"engine.p99_limit_ms: no engine keeps {p99_limit_ms:g} ms at any batch size; raise it, or lower export.opt_batch")
+    rate, best, batch = max(rates, key=lambda found: found[0])
+    return best, f"{rate:,.0f} rows/s at batch {batch}, the most of {len(runs)} engines{'' if p99_limit_ms is None else f' within a p99 of {p99_limit_ms:g} ms'}"
+
+
+def _p50(line: Timed, batch: int) -> float:
+    return (line.ms or {})[batch][0]

@@ -1,0 +1,88 @@
+"""`engine.backend: auto`: everything that runs here is timed, the best by the objective is taken, and it is said why."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx_graphs import cnn, rows
+
+from portaisys import engine
+from portaisys.compress.quantize import quantize
+from portaisys.engine import Options
+from portaisys.engine.choose import Timed, measure, pick
+from portaisys.spec import Quantize, SpecError, UserError, parse
+
+
+def line(backend, precision, ms, because=""):
+    return Timed(backend, precision, ms, because)
+
+
+TABLE = [
+    line("onnxruntime", "fp32", {1: (2.0, 3.0), 8: (10.0, 12.0), 64: (70.0, 80.0)}),
+    line("onnxruntime", "int8", {1: (2.5, 3.0), 8: (6.0, 9.0), 64: (40.0, 60.0)}),
+    line("openvino", "int8", {1: (1.5, 9.0), 8: (7.0, 8.0), 64: (50.0, 51.0)}),
+    line("tensorrt", "fp32", None, "no device for it on this machine"),
+]
+
+
+@pytest.mark.parametrize(
+    ("objective", "limit", "expected", "says"),
+    [
+        ("latency", None, ("openvino", "int8"), "1.500 ms at batch 1, the least of 3 engines"),
+        ("throughput", None, ("onnxruntime", "int8"), "1,600 rows/s at batch 64"),
+        ("throughput", 55.0, ("onnxruntime", "int8"), "1,333 rows/s at batch 8, the most of 3 engines within a p99 of 55 ms"),
+        ("throughput", 8.5, ("openvino", "int8"), "1,143 rows/s at batch 8"),
+    ],
+)
+def test_the_best_by_the_objective_is_taken_and_it_is_said_why(objective, limit, expected, says):
+    best, because = pick(TABLE, objective, limit)
+    assert (best.backend, best.precision) == expected and because.startswith(says)
+
+
+def test_int8_that_is_slower_is_not_taken():
+    assert pick(TABLE[:2], "latency")[0].precision == "fp32"
+
+
+def test_a_limit_that_none_keeps_and_a_machine_that_runs_nothing_are_said():
+    with pytest.raises(UserError, match=r"engine\.p99_limit_ms: no engine keeps 1 ms at any batch size"):
+        pick(TABLE, "throughput", 1.0)
+    with pytest.raises(UserError, match=r"nothing runs on this machine: tensorrt fp32: no device"):
+        pick(TABLE[3:], "latency")
+
+
+def test_everything_that_runs_here_is_timed_and_what_does_not_says_why(tmp_path):
+    fp32 = cnn(tmp_path / "cnn.onnx")
+    quantize(fp32, tmp_path / "int8.onnx", rows(100), Quantize())
+    files = {"fp32": fp32, "int8": tmp_path / "int8.onnx"}
+    table = measure(files, rows(20), Options(), tmp_path / "cache", batches=(1, 8), rounds=5)
+    assert {(one.backend, one.precision) for one in table} == {(backend, precision) for backend in engine.BACKENDS for precision in files}
+    for one in table:
+        assert (one.ms is None) == (one.backend not in engine.available()) and bool(one.because) == (one.ms is None)
+        assert one.ms is None or (set(one.ms) == {1, 8} and all(0 < p50 <= p99 for p50, p99 in one.ms.values()))
+    again = measure(files, rows(20), Options(), tmp_path / "cache", batches=(1,), rounds=5)
+    assert len(again) == len(table)
+
+
+def test_a_backend_that_cannot_build_this_file_is_left_out_with_its_reason(tmp_path):
+    table = measure({"fp32": cnn(tmp_path / "cnn.onnx"), "bf16": tmp_path / "none.onnx"}, rows(20), Options(), tmp_path / "cache", batches=(1,), rounds=5)
+    reasons = {(one.backend, one.precision): one.because for one in table}
+    assert reasons["onnxruntime", "bf16"] == "onnxruntime has no bf16" and "none.onnx: cannot be read" in reasons["openvino", "bf16"]
+    assert reasons["onnxruntime", "fp32"] == ""
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"p99_limit_ms": 5}, r"engine\.p99_limit_ms: only a choice by throughput heeds it"),
+        ({"backend": "auto", "precisions": ["fp8"]}, r"engine\.precisions: 'fp8' is not one of"),
+        ({"backend": "auto", "objective": "speed"}, r"engine\.objective: 'speed'"),
+    ],
+)
+def test_a_choice_that_cannot_be_meant_is_refused(section, says):
+    with pytest.raises(SpecError, match=says):
+        parse({"name": "a", "engine": section})
+
+
+def test_rows_fill_every_batch_size(tmp_path):
+    table = measure({"fp32": cnn(tmp_path / "cnn.onnx")}, rows(3), Options(), tmp_path / "cache", batches=(7,), rounds=5)
+    assert np.isfinite([p50 for one in table if one.ms for p50, _ in one.ms.values()]).all()
