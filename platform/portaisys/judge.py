@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from portaisys import evaluate, gate
 from portaisys.artifact import Artifact
 from portaisys.data import Split
-from portaisys.engine import CannotExecute, Engine, Options
+from portaisys.engine import CannotExecute, Engine, Options, verify
 from portaisys.engine.cache import Built, get_or_build, load
 from portaisys.gate import Decision
 from portaisys.spec import Spec, UserError
@@ -84,6 +84,8 @@ def judge(
     """
     options = Options(opt_batch=spec.export.opt_batch, max_batch=spec.export.max_batch, threads=spec.engine.threads)
     engines, rows = _engines(spec, subjects, options, tell)
+    sizes = sorted({1, 2, spec.export.opt_batch, spec.export.max_batch})
+    unsound = {name: verify.problem(engine, test.x[:VERIFIED_ROWS], batches=sizes, seed=spec.seed) for name, engine in engines.items()}
     runs = {REFERENCE: dense} | {name: _run(engine) for name, engine in engines.items()}
     tell(f"scoring {len(runs)} engines on {len(test):,} test rows")
     logits = {name: evaluate.predict_rows(run, test.x, spec.export.max_batch) for name, run in runs.items()}
@@ -97,7 +99,7 @@ def judge(
     judged = {REFERENCE: _scored(_reference(size), logits, ms, test)}
     for subject in subjects:
         row = _scored(rows[subject.name], logits, ms, test)
-        judged[subject.name] = _decided(spec, subject, row, judged, logits, ms, test, looks)
+        judged[subject.name] = _sound(_decided(spec, subject, row, judged, logits, ms, test, looks), unsound[subject.name])
     built = _also_built(spec, subjects, options, tell)
     return Judgement((*judged.values(), *built), _admitted(judged), {name: answer.argmax(1) for name, answer in logits.items()})
 
@@ -158,6 +160,19 @@ def _decided(
     admissible = all(verdict.action == "pass" for verdict in verdicts.values())
     because = "; ".join(_sentence(name, verdict, rival) for name, verdict in verdicts.items())
     return replace(row, verdicts={name: verdict.to_dict() for name, verdict in verdicts.items()}, admissible=admissible, because=because)
+
+
+VERIFIED_ROWS = 32
+
+
+def _sound(row: Row, problem: str) -> Row:
+    """The row as it is, or inadmissible with what is wrong with its engine, however accurate and fast it was. Raises UserError for the dense one."""
+    if not problem:
+        return row
+    if row.engine == DENSE:
+        raise UserError(f"engine.backend: the dense fp32 engine of {row.backend} is unsound: {problem}; do not serve with it")
+    verdict = Decision("fail", problem, {})
+    return replace(row, verdicts={**(row.verdicts or {}), "soundness": verdict.to_dict()}, admissible=False, because=f"{_sentence('soundness', verdict, '')}; {row.because}")
 
 
 def _standing(subject: Subject, judged: Mapping[str, Row]) -> str:
