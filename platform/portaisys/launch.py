@@ -157,7 +157,7 @@ def _refuse_used_name(options: Spec, folder: Path, resume: bool) -> None:
         return
     before, now = (
         _leaves({name: value for name, value in tree.items() if name not in _NOT_IN_NAMES})
-        for tree in (yaml.safe_load(file.read_text()), spec.dump(options))
+        for tree in (_filled(yaml.safe_load(file.read_text())), spec.dump(options))
     )
     differ = [
         path
@@ -171,6 +171,14 @@ def _refuse_used_name(options: Spec, folder: Path, resume: bool) -> None:
         raise UserError(
             f"name: {options.name!r} was used by another spec ({changes}); take another name (name=...), or go on under this one with --resume, which reuses what still holds"
         )
+
+
+def _filled(tree: Any) -> Any:
+    """A written spec with the defaults of keys that are newer than it; as it stands when it is no spec any more."""
+    try:
+        return spec.dump(spec.parse(tree))
+    except spec.SpecError:
+        return tree
 
 
 def _take_name(options: Spec, folder: Path) -> None:
