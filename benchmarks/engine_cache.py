@@ -40,7 +40,7 @@ def model_file(folder: Path) -> Path:
 
 def timed(onnx: Path, name: str, cache: Path) -> tuple[float, bool]:
     started = time.perf_counter()
-    reused = get_or_build(onnx, name, Options("fp32", 8, 32, 1), cache).reused
+    reused = get_or_build(onnx, name, Options("fp32", 8, 32), cache).reused
     return time.perf_counter() - started, reused
 
 

@@ -56,7 +56,7 @@ def engines(found: dict[str, Path], cache: Path) -> dict[str, Any]:
     opened = {}
     for backend in engine.available():
         for precision, path in found.items():
-            options = Options(precision, 8, 32, 1)
+            options = Options(precision, 8, 32)
             try:
                 opened[f"{backend} {precision}"] = load(get_or_build(path, backend, options, cache), options)
             except UserError as error:
@@ -70,7 +70,7 @@ def compare(name: str, folder: Path) -> dict[int, dict[str, np.ndarray]]:
     predict, opened, ms = models.predictor(model), engines(found, folder / "cache"), {}
     print(f"{name}: {models.count(model, MODELS[name][1])['macs'] / 1e6:,.0f} MMAC")
     for batch, rounds in ROUNDS.items():
-        table = choose.measure(found, rows, Options("fp32", 8, 32, 1), folder / "cache", batches=(batch,), rounds=max(10, rounds // 2), seed=1)
+        table = choose.measure(found, rows, Options("fp32", 8, 32), folder / "cache", batches=(batch,), rounds=max(10, rounds // 2), seed=1)
         best, _ = choose.pick(table, "latency")
         x = np.ascontiguousarray(rows[:batch])
         calls = {key: partial(one.run, {one.inputs[0].name: x}) for key, one in opened.items()} | {"eager": partial(predict, x)}

@@ -120,15 +120,14 @@ def run(options: Spec, tell: Tell, *, promote: bool = True, resume: bool = False
     return Outcome(folder, artifacts, tuple(reused), version, page)
 
 
-def produce(options: Spec, target: str, tell: Tell) -> Artifact:
+def produce(options: Spec, target: str, tell: Tell, splits: Splits) -> Artifact:
     """Run one stage of the plan and what it depends on, unless finished: no registry, no verdict, nothing published.
 
-    Raises UserError as `run` does. What a search does per trial.
+    `splits`: of options.data. Raises UserError as `run` does. What a search does per trial.
     """
     folder = run_folder(options)
     with artifact.locked(folder), threads(options.train.cpus_per_worker):
         artifact.sweep(folder)
-        splits = data.load(options.data)
         artifacts: dict[str, Artifact] = {}
         for stage in _lineage(plan(options), target):
             artifacts[stage.name], _ = _one(options, stage, artifacts, splits, None, folder, tell)
@@ -139,9 +138,10 @@ def train(options: Spec, tell: Tell, *, resume: bool = False) -> Artifact:
     """The first stage alone, checked as `run` checks it: a job that trains and leaves the rest to `run`, which reuses it."""
     folder = run_folder(options)
     _refuse_used_name(options, folder, resume)
-    preflight(options, data.load(options.data), 0)
+    splits = data.load(options.data)
+    preflight(options, splits, 0)
     _take_name(options, folder)
-    return produce(options, "train", tell)
+    return produce(options, "train", tell, splits)
 
 
 # What may differ between two runs of one name: it changes where and how a run is watched over, not what it computes.
@@ -397,7 +397,7 @@ def _ray_train(options: Spec, fit: Fit) -> None:
         train_loop_config={"fit": asdict(fit), "use_gpu": train.use_gpu, "threads": train.cpus_per_worker},
         torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=train.num_workers, use_gpu=train.use_gpu, resources_per_worker=_per_worker(train), label_selector=train.label_selector or None
+            num_workers=train.num_workers, use_gpu=train.use_gpu, resources_per_worker=per_worker(train), label_selector=train.label_selector or None
         ),
         # The name is new every time: with an old one Ray Train resumes by itself, silently, even a finished run.
         # What is resumed is our own checkpoint, by its key.
@@ -429,10 +429,11 @@ def _check_cluster(options: Spec) -> None:
     if len(nodes) > 1 and os.environ.get("MLFLOW_TRACKING_URI", "sqlite").startswith("sqlite"):
         raise UserError("storage: the registry is a sqlite file and the cluster has several nodes; start `mlflow server` and set MLFLOW_TRACKING_URI")
     train = options.train
-    cluster.refuse_unplaceable("train.num_workers", "workers", train.num_workers, _per_worker(train), train.label_selector, cluster.nodes(), cluster.grows_to())
+    cluster.refuse_unplaceable("train.num_workers", "workers", train.num_workers, per_worker(train), train.label_selector, cluster.nodes(), cluster.grows_to())
 
 
-def _per_worker(train: spec.Train) -> dict[str, float]:
+def per_worker(train: spec.Train) -> dict[str, float]:
+    """Resources of one Ray Train worker."""
     return {"CPU": float(train.cpus_per_worker)} | ({"GPU": 1.0} if train.use_gpu else {})
 
 

@@ -252,7 +252,7 @@ def packed(job: Job, draft: Draft) -> None:
 
 
 def _answers(options: Spec, subject: Subject, rows: Any) -> Any:
-    settings = Options(subject.precision, options.export.opt_batch, options.export.max_batch, options.engine.threads)
+    settings = Options(subject.precision, options.export.opt_batch, options.export.max_batch, threads=options.engine.threads)
     path = subject.artifact.file("model.onnx")
     engine = load(get_or_build(path, options.engine.backend, settings, options.storage.cache_dir / "engines", options.storage.max_cache_bytes), settings)
     answers = evaluate.predict_rows(lambda x: engine.run({INPUT: x})[OUTPUT], rows, options.export.max_batch)

@@ -510,10 +510,9 @@ def _selector(problem: Problem) -> Mapping[str, str]:
 def _check_workers(problem: Problem) -> None:
     """Trials with workers beside their own process: those of all trials at once must fit, or they wait for each other for ever."""
     train, at_once = problem.trial_spec({}).train, problem.base.search.max_concurrent
-    each = {"CPU": float(train.cpus_per_worker)} | ({"GPU": 1.0} if train.use_gpu else {})
     what = f"workers ({at_once} trials at once x train.num_workers)"
     cluster.refuse_unplaceable(
-        "search.max_concurrent", what, at_once * _workers(problem), each, train.label_selector, cluster.nodes(), cluster.grows_to()
+        "search.max_concurrent", what, at_once * _workers(problem), launch.per_worker(train), train.label_selector, cluster.nodes(), cluster.grows_to()
     )
 
 
@@ -521,9 +520,9 @@ def evaluate_spec(params: Params, report: Report, problem: Problem, folder: str,
     """One trial: its stages up to the last ONNX file, its engine scored on the validation split and timed against a fixed one."""
     options = _trial_options(problem, params, Path(folder))
     _log.info("trial begins", extra={"run": problem.base.name, "trial": options.name})
-    made = launch.produce(options, _target(options), _reporter(launch.run_folder(options), report))
-    engine = _engine(options, made.file("model.onnx"))
     splits = data.load(options.data)
+    made = launch.produce(options, _target(options), _reporter(launch.run_folder(options), report), splits)
+    engine = _engine(options, made.file("model.onnx"))
     answers = evaluate.predict_rows(_runner(engine), splits.validation.x, options.export.max_batch)
     error = 1 - evaluate.accuracy(answers, splits.validation.y)
     values = {"validation_error": error, "validation_accuracy": 1 - error, "parameters": float(made.scores["parameters"]), "macs": float(made.scores["macs"])}
@@ -563,7 +562,7 @@ def _reporter(folder: Path, report: Report) -> Tell:
 
 def _engine(options: Spec, onnx: Path) -> Engine:
     precision = "int8" if options.quantize and "int8" in options.precisions and onnx.parent.name == "quantize" else "fp32"
-    settings = Options(precision, options.export.opt_batch, options.export.max_batch, options.engine.threads)
+    settings = Options(precision, options.export.opt_batch, options.export.max_batch, threads=options.engine.threads)
     # One backend for all trials, or their latencies would not compare; `auto` is for the run of the best spec.
     backend = "onnxruntime" if options.engine.backend == "auto" else options.engine.backend
     return load(get_or_build(onnx, backend, settings, options.storage.cache_dir / "engines", options.storage.max_cache_bytes), settings)

@@ -32,12 +32,28 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Options:
-    """How an engine is built and run. The three batch sizes are its profile."""
+    """How an engine is built and run. Batch 1, `opt_batch` and `max_batch` are its profile.
+
+    `dims`: any other free dimension by its name in the file, with its least, usual and largest size. `hint`: what is tuned for,
+    "latency" or "throughput". `workspace_mib` (None: the library's default), `optimization_level` (0 to 5) and `sparse` (2:4
+    weights) are TensorRT's. `slots`: batches in flight on one GPU engine.
+    """
 
     precision: str = "fp32"
     opt_batch: int = 8
     max_batch: int = 64
+    dims: tuple[tuple[str, int, int, int], ...] = ()
+    hint: str = "latency"
+    workspace_mib: int | None = None
+    optimization_level: int = 3
+    sparse: bool = False
     threads: int = 1
+    slots: int = 1
+    cuda_graphs: bool = True
+
+
+# What of the options decides how a built engine is run, not what is built.
+RUN_ONLY = ("threads", "slots", "cuda_graphs")
 
 
 class Engine(Protocol):
@@ -141,4 +157,4 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-__all__ = ["BACKENDS", "Arrays", "CannotExecute", "Engine", "Options", "Status", "Tensor", "available", "backend", "check_feeds", "np", "read_for", "read_onnx"]
+__all__ = ["BACKENDS", "RUN_ONLY", "Arrays", "CannotExecute", "Engine", "Options", "Status", "Tensor", "available", "backend", "check_feeds", "np", "read_for", "read_onnx"]

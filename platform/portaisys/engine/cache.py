@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from portaisys import artifact, engine
 from portaisys.artifact import Artifact
-from portaisys.engine import Engine, Options
+from portaisys.engine import RUN_ONLY, Engine, Options
 from portaisys.spec import UserError, digest
 
 FILE = "engine"
@@ -145,12 +145,12 @@ def _used_now(entry: Path) -> None:
 
 
 def _about(onnx: Path, backend: str, module: Any, options: Options) -> dict[str, Any]:
-    """What decides a built file. The thread count does not; the code that builds does."""
+    """What decides a built file: not how it is run, but the code that builds it."""
     try:
         source = artifact.hash_file(onnx)
     except OSError as error:
         raise UserError(f"{onnx}: cannot be read ({error.strerror}); export the model again") from None
-    profile = {name: value for name, value in asdict(options).items() if name != "threads"}
+    profile = {name: value for name, value in asdict(options).items() if name not in RUN_ONLY}
     code = artifact.hash_file(Path(module.__file__))
     return {"onnx": source, "backend": backend, "version": module.version(), "device": module.device(), "options": profile, "code": code}
 

@@ -6,7 +6,6 @@ int8 engine counts only against what it would replace: it wins by being faster, 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from portaisys import evaluate
-from portaisys.engine import BACKENDS, Engine, Options
+from portaisys.engine import BACKENDS, Engine, Options, backend
 from portaisys.engine.cache import get_or_build, load
 from portaisys.spec import UserError
 
@@ -62,7 +61,7 @@ def measure(
 
 def _open(name: str, file: Path, options: Options, cache_dir: Path, max_bytes: int | None) -> Engine | str:
     """The engine, or why it does not run here."""
-    module = importlib.import_module(BACKENDS[name])
+    module = backend(name)
     if options.precision not in module.PRECISIONS:
         return f"{name} has no {options.precision}"
     try:

@@ -1,7 +1,7 @@
 """OpenVINO on the CPU: often its fastest engine, and the only one with bf16 arithmetic.
 
 Takes the artifact's files as they are, the signed int8 one too. What is built is OpenVINO's own compiled form, which
-loads in a tenth of the time; it is good for this version and this kind of CPU, both of which are in the cache's key.
+loads without compiling; it is good for this version and this kind of CPU, both of which are in the cache's key.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ def _first_that_holds(found: artifact.Artifact, about: Mapping[str, Any], cache_
     """The best admitted precision that gives the golden answers here, and why each better one does not."""
     fallbacks: list[str] = []
     for precision in _candidates(about, limits):
-        options = Options(precision, about["opt_batch"], about["max_batch"], limits.threads)
+        options = Options(precision, about["opt_batch"], about["max_batch"], threads=limits.threads)
         try:
             engine = load(get_or_build(found.file(f"{precision}.onnx"), about["backend"], options, cache_dir), options)
         except UserError:
