@@ -9,7 +9,7 @@ from onnx_graphs import cnn, rows
 from portaisys import engine
 from portaisys.compress.quantize import quantize
 from portaisys.engine import Options
-from portaisys.engine.choose import Timed, measure, pick
+from portaisys.engine.choose import Timed, measure, pick, pick_each
 from portaisys.spec import Quantize, SpecError, UserError, parse
 
 
@@ -43,6 +43,18 @@ def test_int8_that_is_slower_is_not_taken():
     assert pick(TABLE[:2], "latency")[0].precision == "fp32"
 
 
+@pytest.mark.parametrize(
+    ("objective", "limit", "expected"),
+    [
+        ("latency", None, {"fp32": "onnxruntime", "int8": "openvino"}),
+        ("throughput", None, {"fp32": "onnxruntime", "int8": "onnxruntime"}),
+        ("throughput", 1.0, {"fp32": "onnxruntime", "int8": "openvino"}),  # none keeps it: the least latency
+    ],
+)
+def test_each_precision_has_its_own_best_backend(objective, limit, expected):
+    assert {precision: found.backend for precision, found in pick_each(TABLE, objective, limit).items()} == expected
+
+
 def test_a_limit_that_none_keeps_and_a_machine_that_runs_nothing_are_said():
     with pytest.raises(UserError, match=r"engine\.p99_limit_ms: no engine keeps 1 ms at any batch size"):
         pick(TABLE, "throughput", 1.0)
@@ -54,17 +66,18 @@ def test_everything_that_runs_here_is_timed_and_what_does_not_says_why(tmp_path)
     fp32 = cnn(tmp_path / "cnn.onnx")
     quantize(fp32, tmp_path / "int8.onnx", rows(100), Quantize())
     files = {"fp32": fp32, "int8": tmp_path / "int8.onnx"}
-    table = measure(files, rows(20), Options(), tmp_path / "cache", batches=(1, 8), rounds=5)
+    table = measure(files, {"x": rows(20)}, Options(), tmp_path / "cache", batches=(1, 8), rounds=5)
     assert {(one.backend, one.precision) for one in table} == {(backend, precision) for backend in engine.BACKENDS for precision in files}
     for one in table:
+        assert one.ms or not one.because.startswith("unsound")
         assert (one.ms is None) == (one.backend not in engine.available()) and bool(one.because) == (one.ms is None)
         assert one.ms is None or (set(one.ms) == {1, 8} and all(0 < p50 <= p99 for p50, p99 in one.ms.values()))
-    again = measure(files, rows(20), Options(), tmp_path / "cache", batches=(1,), rounds=5)
+    again = measure(files, {"x": rows(20)}, Options(), tmp_path / "cache", batches=(1,), rounds=5)
     assert len(again) == len(table)
 
 
 def test_a_backend_that_cannot_build_this_file_is_left_out_with_its_reason(tmp_path):
-    table = measure({"fp32": cnn(tmp_path / "cnn.onnx"), "bf16": tmp_path / "none.onnx"}, rows(20), Options(), tmp_path / "cache", batches=(1,), rounds=5)
+    table = measure({"fp32": cnn(tmp_path / "cnn.onnx"), "bf16": tmp_path / "none.onnx"}, {"x": rows(20)}, Options(), tmp_path / "cache", batches=(1,), rounds=5)
     reasons = {(one.backend, one.precision): one.because for one in table}
     assert reasons["onnxruntime", "bf16"] == "onnxruntime has no bf16" and "none.onnx: cannot be read" in reasons["openvino", "bf16"]
     assert reasons["onnxruntime", "fp32"] == ""
@@ -84,5 +97,5 @@ def test_a_choice_that_cannot_be_meant_is_refused(section, says):
 
 
 def test_rows_fill_every_batch_size(tmp_path):
-    table = measure({"fp32": cnn(tmp_path / "cnn.onnx")}, rows(3), Options(), tmp_path / "cache", batches=(7,), rounds=5)
+    table = measure({"fp32": cnn(tmp_path / "cnn.onnx")}, {"x": rows(3)}, Options(), tmp_path / "cache", batches=(7,), rounds=5)
     assert np.isfinite([p50 for one in table if one.ms for p50, _ in one.ms.values()]).all()

@@ -43,7 +43,7 @@ def make_version(folder: Path, cache_dir: Path, *, spoil: str = "", tolerance: f
     rng = np.random.default_rng(0)
     weights, x = rng.normal(size=(64, 10)), rng.normal(size=(20, 8, 8)).astype(np.float32)
     about = {
-        "name": "digits", "labels": LABELS, "backend": "onnxruntime", "precisions": ["int8", "fp32"], "opt_batch": 4, "max_batch": 8,
+        "name": "digits", "labels": LABELS, "backends": {"int8": "onnxruntime", "fp32": "onnxruntime"}, "precisions": ["int8", "fp32"], "opt_batch": 4, "max_batch": 8,
         "tolerance": tolerance, "verdicts": [{"precision": "int8", "action": "pass"}], "lineage": {"run_id": "r1", "data": "d1"},
     }  # fmt: skip
     golden = {"x": x}
@@ -56,7 +56,7 @@ def make_version(folder: Path, cache_dir: Path, *, spoil: str = "", tolerance: f
             golden[f"logits_{precision}"] = np.concatenate(parts) + (1.0 if precision == spoil else 0.0)
             engine.close()
         np.savez(draft.path / "golden.npz", **golden)
-        np.savez(draft.path / "calibration.npz", x=x)
+        np.savez(draft.path / "calibration.npz", **golden)
         (draft.path / "version.json").write_text(json.dumps(about))
     return artifact.read(folder)
 

@@ -35,28 +35,28 @@ def test_real_engines_are_sound(tmp_path, backend, precision):
     path = cnn(tmp_path / "fp32.onnx")
     quantize(path, tmp_path / "int8.onnx", rows(100), Quantize())
     opened = load(get_or_build(tmp_path / f"{precision}.onnx", backend, Options(precision), tmp_path / "cache"), Options(precision))
-    assert backend in engine.available() and verify.problem(opened, rows(24), batches=BATCHES) == ""
+    assert backend in engine.available() and verify.problem(opened, {"x": rows(24)}, batches=BATCHES) == ""
 
 
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        (lambda x: x * (1 if len(x) < 8 else 1.1), "at batch 8 an answer is"),
-        (lambda x: x - x.mean(0, keepdims=True) + (x if len(x) == 1 else 0), "at batch 2 an answer is"),  # depends on its neighbours
-        (lambda x: x * (1 if len(x) < 16 else np.nan), "its answers at batch 16 hold NaN"),
+        (lambda x: x * (1 if len(x) < 8 else 1.1), "at batch 8 y is"),
+        (lambda x: x - x.mean(0, keepdims=True) + (x if len(x) == 1 else 0), "at batch 2 y is"),  # depends on its neighbours
+        (lambda x: x * (1 if len(x) < 16 else np.nan), "at batch 16 y holds NaN"),
         (lambda x: x / 0.0, "its answers hold NaN or infinity"),
     ],
 )
 def test_answers_that_depend_on_the_batch_or_are_no_numbers_are_found(answer, says):
     x = np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32)
     with np.errstate(all="ignore"):
-        assert verify.problem(Wrong(answer), x, batches=BATCHES).startswith(says)
+        assert verify.problem(Wrong(answer), {"x": x}, batches=BATCHES).startswith(says)
 
 
 def test_answers_are_held_against_a_reference_where_there_is_one():
     x = np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32)
-    assert verify.problem(Wrong(lambda x: x), x, batches=BATCHES, expected=x) == ""
-    assert "from the reference" in verify.problem(Wrong(lambda x: x), x, batches=BATCHES, expected=x + 1)
+    assert verify.problem(Wrong(lambda x: x), {"x": x}, batches=BATCHES, expected={"y": x}) == ""
+    assert "from the reference" in verify.problem(Wrong(lambda x: x), {"x": x}, batches=BATCHES, expected={"y": x + 1})
 
 
 def test_an_unsound_candidate_is_not_admitted_and_an_unsound_dense_engine_ends_the_run():

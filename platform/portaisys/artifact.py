@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
 import tempfile
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 
 from portaisys.spec import UserError, digest
 
@@ -146,6 +151,29 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """`write_bytes` for text."""
     write_bytes(path, text.encode())
+
+
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """An .npz of arrays under any names, the same bytes for the same arrays (np.savez takes no array called `file`)."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, np.asanyarray(array), allow_pickle=False)
+    write_bytes(path, buffer.getvalue())
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz. Raises UserError when it cannot be read, is none, or holds Python objects, which are never loaded."""
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            if not isinstance(found, np.lib.npyio.NpzFile):
+                raise UserError(f"{path}: holds one array without a name; save it with numpy.savez(path, NAME=array)")
+            return {name: found[name] for name in found.files}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or 'not an .npz file'})") from None
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: not an .npz of plain arrays ({str(error).splitlines()[0] if str(error) else type(error).__name__}); write it with numpy.savez") from None
 
 
 def sync_folder(folder: Path) -> None:

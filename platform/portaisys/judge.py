@@ -30,12 +30,13 @@ DENSE = "dense fp32"
 
 @dataclass(frozen=True)
 class Subject:
-    """What is judged: an exported model at a precision. `rival`: the row it must be faster than, or None."""
+    """What is judged: an exported model at a precision on a backend. `rival`: the row it must be faster than, or None."""
 
     name: str
     precision: str
     artifact: Artifact
     rival: str | None
+    backend: str
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def judge(
     options = Options(opt_batch=spec.export.opt_batch, max_batch=spec.export.max_batch, threads=spec.engine.threads)
     engines, rows = _engines(spec, subjects, options, tell)
     sizes = sorted({1, 2, spec.export.opt_batch, spec.export.max_batch})
-    unsound = {name: verify.problem(engine, test.x[:VERIFIED_ROWS], batches=sizes, seed=spec.seed) for name, engine in engines.items()}
+    unsound = {name: verify.problem(engine, {engine.inputs[0].name: test.x[:VERIFIED_ROWS]}, batches=sizes, seed=spec.seed) for name, engine in engines.items()}
     runs = {REFERENCE: dense} | {name: _run(engine) for name, engine in engines.items()}
     tell(f"scoring {len(runs)} engines on {len(test):,} test rows")
     logits = {name: evaluate.predict_rows(run, test.x, spec.export.max_batch) for name, run in runs.items()}
@@ -107,7 +108,7 @@ def judge(
 def _engines(spec: Spec, subjects: Sequence[Subject], options: Options, tell: Callable[[str], None]) -> tuple[dict[str, Engine], dict[str, Row]]:
     engines, rows = {}, {}
     for subject in subjects:
-        built = _build(spec, subject, spec.engine.backend, options, tell)
+        built = _build(spec, subject, subject.backend, options, tell)
         engines[subject.name] = load(built, replace(options, precision=subject.precision))
         rows[subject.name] = _row(subject, built, "executed")
     return engines, rows

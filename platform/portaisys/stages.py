@@ -10,16 +10,15 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from portaisys import data, evaluate, models, spec
-from portaisys.artifact import Artifact, Draft
+from portaisys.artifact import Artifact, Draft, write_arrays
 from portaisys.compress.distill import distillation
 from portaisys.compress.prune import prune
 from portaisys.compress.quantize import quantize
@@ -28,7 +27,7 @@ from portaisys.engine import Options, choose
 from portaisys.engine.cache import get_or_build, load
 from portaisys.export import INPUT, OUTPUT, export
 from portaisys.judge import DENSE, Subject, judge, save_answers
-from portaisys.spec import BACKEND_PRECISIONS, Distill, Spec, Train
+from portaisys.spec import Distill, Spec, Train, UserError
 from portaisys.train import Loss, Place, Report, fit, score
 
 WEIGHTS = "model.safetensors"
@@ -157,29 +156,32 @@ def quantized(job: Job, draft: Draft) -> None:
 # --- judging and packing ------------------------------------------------------------------------------------------
 
 
-def subjects(parents: Mapping[str, Artifact], precisions: Sequence[str]) -> list[Subject]:
-    """The candidates among the exported artifacts, plainest first; each must be faster than the fp32 one it would replace.
+def subjects(parents: Mapping[str, Artifact], backends: Mapping[str, str]) -> list[Subject]:
+    """The candidates among the exported artifacts, plainest first; each must be faster than the fp32 one it would replace. `backends`: of each precision.
 
     bf16 is the arithmetic of an engine, not another file: it is judged on the file that fp32 is.
     """
     smallest, fp32 = ("small", "small fp32") if "small" in parents else ("dense", DENSE)
     table = [("dense", DENSE, "fp32", None), ("small", "small fp32", "fp32", DENSE), (smallest, "bf16", "bf16", fp32), ("int8", "int8", "int8", fp32)]
-    return [Subject(name, precision, parents[role], rival) for role, name, precision, rival in table if role in parents and precision in ("fp32", *precisions)]
+    return [Subject(name, precision, parents[role], rival, backends[precision]) for role, name, precision, rival in table if role in parents and precision in backends]
 
 
 def chosen(job: Job, draft: Draft) -> None:
-    """choose: choice.json, the backend that is fastest here; the table it was picked from as scores."""
+    """choose: choice.json, the fastest backend of each precision here; the table they were picked from as scores."""
     options, export = job.spec.engine, job.spec.export
-    files = {subject.precision: subject.artifact.file("model.onnx") for subject in subjects(job.parents, job.spec.precisions)}  # of two fp32 ones the small
+    files = {subject.precision: subject.artifact.file("model.onnx") for subject in subjects(job.parents, dict.fromkeys(("fp32", *job.spec.precisions), ""))}  # of two fp32 ones the small
     settings = Options(opt_batch=export.opt_batch, max_batch=export.max_batch, threads=options.threads)
     batches = sorted({1, export.opt_batch, export.max_batch})
     cache, most = job.spec.storage.cache_dir / "engines", job.spec.storage.max_cache_bytes
     table = choose.measure(
-        files, job.splits.calibration.x, settings, cache, batches=batches, rounds=CHOICE_ROUNDS, seed=job.spec.seed, max_bytes=most, tell=job.tell
+        files, {INPUT: job.splits.calibration.x}, settings, cache, batches=batches, rounds=CHOICE_ROUNDS, seed=job.spec.seed, max_bytes=most, tell=job.tell
     )
     best, because = choose.pick(table, options.objective, options.p99_limit_ms)
+    backends = {precision: line.backend for precision, line in choose.pick_each(table, options.objective, options.p99_limit_ms).items()}
+    if "fp32" not in backends:
+        raise UserError(f"engine.backend: no fp32 engine is sound on this machine: {'; '.join(f'{line.backend}: {line.because}' for line in table if line.precision == 'fp32')}")
     # In the digest is what was chosen, not its milliseconds: the same choice makes the same version.
-    (draft.path / "choice.json").write_text(json.dumps({"backend": best.backend}))
+    (draft.path / "choice.json").write_text(json.dumps({"backends": backends}, sort_keys=True))
     draft.scores.update(table=[asdict(line) for line in table], backend=best.backend, precision=best.precision, because=because)
     draft.notes.append(f"{best.backend} {best.precision}: {because}")
 
@@ -187,20 +189,17 @@ def chosen(job: Job, draft: Draft) -> None:
 CHOICE_ROUNDS = 50
 
 
-def _decided(job: Job) -> Spec:
-    """The spec with the backend that `auto` came to."""
-    if "choice" not in job.parents:
-        return job.spec
-    backend = json.loads(job.parents["choice"].file("choice.json").read_text())["backend"]
-    has = BACKEND_PRECISIONS[backend]
-    engine = job.spec.engine.model_copy(update={"backend": backend, "precisions": tuple(name for name in job.spec.precisions if name in has)})
-    return job.spec.model_copy(update={"engine": engine})
+def _backends(job: Job) -> dict[str, str]:
+    """The backend of each precision: what the spec says, or `auto` came to."""
+    if "choice" in job.parents:
+        found: dict[str, str] = json.loads(job.parents["choice"].file("choice.json").read_text())["backends"]
+        return found
+    return dict.fromkeys(("fp32", *job.spec.precisions), job.spec.engine.backend)
 
 
 def judged(job: Job, draft: Draft) -> None:
     """judge: answers.npz, and the table with its verdicts as scores."""
-    job = replace(job, spec=_decided(job))
-    candidates = subjects(job.parents, job.spec.precisions)
+    candidates = subjects(job.parents, _backends(job))
     dense = restore(job.spec, job.splits, job.parents["reference"].path)
     size = models.count(dense, job.splits.shape) | {"size_bytes": job.parents["reference"].file(WEIGHTS).stat().st_size}
     # Counted before anyone looks: a run that dies in between has looked all the same.
@@ -227,21 +226,20 @@ def threads(count: int) -> Iterator[None]:
 
 def packed(job: Job, draft: Draft) -> None:
     """version: what serving needs, for the best admissible engine and the fp32 one it falls back to."""
-    job = replace(job, spec=_decided(job))
     verdict = job.parents["judge"].scores
-    by_name = {subject.name: subject for subject in subjects(job.parents, job.spec.precisions)}
+    by_name = {subject.name: subject for subject in subjects(job.parents, _backends(job))}
     best: dict[str, Subject] = {}
     for name in verdict["admitted"]:
         best.setdefault(by_name[name].precision, by_name[name])
-    golden = job.splits.calibration.x[: job.spec.export.golden_rows]
+    rows, golden = job.splits.calibration.x, job.spec.export.golden_rows
     answers = {}
     for precision, subject in best.items():
         shutil.copyfile(subject.artifact.file("model.onnx"), draft.path / f"{precision}.onnx")
-        answers[f"logits_{precision}"] = _answers(job.spec, subject, golden)
-    np.savez(draft.path / "golden.npz", x=golden, **answers)
-    np.savez(draft.path / "calibration.npz", x=job.splits.calibration.x, y=job.splits.calibration.y)
+        answers[f"{OUTPUT}_{precision}"] = _answers(job.spec, subject, rows)
+    write_arrays(draft.path / "golden.npz", {INPUT: rows[:golden]} | {name: logits[:golden] for name, logits in answers.items()})
+    write_arrays(draft.path / "calibration.npz", {INPUT: rows, "y": job.splits.calibration.y, **answers})
     about = {
-        "name": job.spec.name, "labels": list(job.splits.labels), "backend": job.spec.engine.backend, "precisions": list(best),
+        "name": job.spec.name, "labels": list(job.splits.labels), "backends": {precision: subject.backend for precision, subject in best.items()}, "precisions": list(best),
         "engines": {precision: subject.name for precision, subject in best.items()}, "opt_batch": job.spec.export.opt_batch,
         "max_batch": job.spec.export.max_batch, "tolerance": job.spec.export.tolerance, "threads": job.spec.engine.threads, "verdicts": verdict["rows"],
         "lineage": {"data": job.splits.digest, "test": job.splits.test_digest} | {role: parent.digest for role, parent in job.parents.items()},
@@ -254,7 +252,7 @@ def packed(job: Job, draft: Draft) -> None:
 def _answers(options: Spec, subject: Subject, rows: Any) -> Any:
     settings = Options(subject.precision, options.export.opt_batch, options.export.max_batch, threads=options.engine.threads)
     path = subject.artifact.file("model.onnx")
-    engine = load(get_or_build(path, options.engine.backend, settings, options.storage.cache_dir / "engines", options.storage.max_cache_bytes), settings)
+    engine = load(get_or_build(path, subject.backend, settings, options.storage.cache_dir / "engines", options.storage.max_cache_bytes), settings)
     answers = evaluate.predict_rows(lambda x: engine.run({INPUT: x})[OUTPUT], rows, options.export.max_batch)
     engine.close()
     return answers

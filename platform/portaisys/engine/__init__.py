@@ -139,7 +139,7 @@ def read_for(path: Path, precision: str) -> Any:
 
 
 def check_feeds(inputs: Sequence[Tensor], feeds: Arrays) -> int:
-    """The number of rows of a request. Raises UserError when names, types or shapes are not those of `inputs`."""
+    """The number of rows of a request, dimension 0 of whatever input leaves it free. Raises UserError when names, types or shapes are not those of `inputs`."""
     if set(feeds) != {tensor.name for tensor in inputs}:
         raise UserError(f"inputs: this engine takes {', '.join(tensor.name for tensor in inputs)}; got {', '.join(sorted(feeds)) or 'nothing'}")
     for tensor in inputs:
@@ -147,7 +147,8 @@ def check_feeds(inputs: Sequence[Tensor], feeds: Arrays) -> int:
         fits = len(tensor.shape) == array.ndim and all(want in (-1, got) for want, got in zip(tensor.shape, array.shape, strict=True))
         if array.dtype.name != tensor.dtype or not fits:
             raise UserError(f"inputs: {tensor.name} must be {tensor.dtype} of shape {list(tensor.shape)}; it is {array.dtype.name} of {list(array.shape)}")
-    rows = {feeds[tensor.name].shape[0] for tensor in inputs}
+    # A state may hold its batch elsewhere, [layers, batch, size], and a fixed batch leaves nothing free.
+    rows = {feeds[tensor.name].shape[0] for tensor in inputs if tensor.shape[:1] == (-1,)} or {next((tensor.shape[0] for tensor in inputs if tensor.shape), 1)}
     if len(rows) != 1 or not min(rows):
         raise UserError(f"inputs: all need the same number of rows, at least one; they have {sorted(rows)}")
     return int(rows.pop())

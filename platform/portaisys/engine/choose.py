@@ -1,28 +1,30 @@
 """`engine.backend: auto`: build what this machine can run, time all of it interleaved, take the fastest by the objective.
 
-Speed only: whether the answers are good enough is for the gate, which judges the engines of the backend chosen here. An
-int8 engine counts only against what it would replace: it wins by being faster, never by being int8.
+Speed of sound engines only: whether the answers are good enough is for the gate, which judges the fastest backend of each
+precision. An int8 engine counts only against what it would replace: it wins by being faster, never by being int8.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from portaisys import evaluate
-from portaisys.engine import BACKENDS, Engine, Options, backend
+from portaisys.engine import BACKENDS, Arrays, Engine, Options, backend, verify
 from portaisys.engine.cache import get_or_build, load
 from portaisys.spec import UserError
 
 
 @dataclass(frozen=True)
 class Timed:
-    """A line of the table. `ms`: batch -> (p50, p99) milliseconds; None where the engine does not run here, and `because` says why."""
+    """A line of the table. `ms`: batch -> (p50, p99) milliseconds; None where the engine must not or cannot run here, and `because` says why."""
 
     backend: str
     precision: str
@@ -31,32 +33,52 @@ class Timed:
 
 
 def measure(
-    files: Mapping[str, Path], rows: NDArray[np.float32], options: Options, cache_dir: Path, *, batches: Sequence[int], rounds: int, seed: int = 0,
+    files: Mapping[str, Path], feeds: Arrays, options: Options, cache_dir: Path, *, batches: Sequence[int], rounds: int, seed: int = 0,
     max_bytes: int | None = None, tell: Callable[[str], None] = lambda text: None,
 ) -> list[Timed]:  # fmt: skip
-    """Time every backend and precision that runs here on `rows`, all interleaved at each batch size. `files`: precision -> ONNX file."""
+    """Build, verify and time every backend and precision that runs here, all interleaved at each batch size.
+
+    `files`: precision -> ONNX file; `feeds`: rows of every input, repeated where a batch needs more of them.
+    """
     engines: dict[tuple[str, str], Engine] = {}
     refused: list[Timed] = []
-    for name in BACKENDS:
-        for precision, file in files.items():
-            tell(f"building {precision} with {name}")
-            found = _open(name, file, replace(options, precision=precision), cache_dir, max_bytes)
-            if isinstance(found, str):
-                refused.append(Timed(name, precision, None, found))
-            else:
-                engines[name, precision] = found
+    for name, (precision, file) in itertools.product(BACKENDS, files.items()):
+        tell(f"building {precision} with {name}")
+        found = _open(name, file, replace(options, precision=precision), cache_dir, max_bytes)
+        if not isinstance(found, str) and (problem := verify.problem(found, _first(feeds), batches=batches, seed=seed)):
+            found.close()
+            found = f"unsound: {problem}"
+        if isinstance(found, str):
+            refused.append(Timed(name, precision, None, found))
+        else:
+            engines[name, precision] = found
     ms: dict[tuple[str, str], dict[int, tuple[float, float]]] = {key: {} for key in engines}
     for batch in batches:
         tell(f"timing {len(engines)} engines at batch {batch}")
-        x = np.resize(rows, (batch, *rows.shape[1:]))
-        calls = {f"{name} {precision}": partial(engine.run, {engine.inputs[0].name: x}) for (name, precision), engine in engines.items()}
-        times = evaluate.latency(calls, rounds, 10, seed)
-        for name, precision in engines:
-            p50, p99 = np.percentile(times[f"{name} {precision}"], (50, 99))
-            ms[name, precision][batch] = (float(p50), float(p99))
+        for key, times in _times(engines, _batch(feeds, batch), rounds, seed).items():
+            p50, p99 = np.percentile(times, (50, 99))
+            ms[key][batch] = (float(p50), float(p99))
     for engine in engines.values():
         engine.close()
     return [Timed(*key, found) for key, found in ms.items()] + refused
+
+
+VERIFIED_ROWS = 32
+
+
+def _first(feeds: Arrays) -> dict[str, NDArray[Any]]:
+    return {name: array[:VERIFIED_ROWS] for name, array in feeds.items()}
+
+
+def _batch(feeds: Arrays, batch: int) -> dict[str, NDArray[Any]]:
+    """So many rows of each input, in order and again from the start."""
+    return {name: np.ascontiguousarray(array[np.arange(batch) % len(array)]) for name, array in feeds.items()}
+
+
+def _times(engines: Mapping[tuple[str, str], Engine], feeds: Arrays, rounds: int, seed: int) -> dict[tuple[str, str], NDArray[np.float64]]:
+    names = {" ".join(key): key for key in engines}
+    calls = {name: partial(engines[key].run, feeds) for name, key in names.items()}
+    return {names[name]: times for name, times in evaluate.latency(calls, rounds, 10, seed).items()}
 
 
 def _open(name: str, file: Path, options: Options, cache_dir: Path, max_bytes: int | None) -> Engine | str:
@@ -89,6 +111,21 @@ def pick(table: Sequence[Timed], objective: str, p99_limit_ms: float | None = No
         raise UserError(f"engine.p99_limit_ms: no engine keeps {p99_limit_ms:g} ms at any batch size; raise it, or lower export.opt_batch")
     rate, best, batch = max(rates, key=lambda found: found[0])
     return best, f"{rate:,.0f} rows/s at batch {batch}, the most of {len(runs)} engines{'' if p99_limit_ms is None else f' within a p99 of {p99_limit_ms:g} ms'}"
+
+
+def pick_each(table: Sequence[Timed], objective: str, p99_limit_ms: float | None = None) -> dict[str, Timed]:
+    """The best backend of every precision that runs here: should the gate refuse int8, the fp32 engine left is the fastest fp32 one.
+
+    A precision none of whose engines keeps the limit has its least latency instead, since the gate may leave nothing else.
+    """
+    best = {}
+    for precision in dict.fromkeys(line.precision for line in table if line.ms):
+        lines = [line for line in table if line.precision == precision]
+        try:
+            best[precision] = pick(lines, objective, p99_limit_ms)[0]
+        except UserError:
+            best[precision] = pick(lines, "latency")[0]
+    return best
 
 
 def _p50(line: Timed, batch: int) -> float:

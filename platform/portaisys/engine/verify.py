@@ -1,45 +1,73 @@
 """Whether an engine may be used at all: the same row gets the same answer in whatever batch it comes, and it is a number.
 
 Engines have been wrong at some batch sizes only (TensorRT #3744, triton #5640), and NaN at all of them (TensorRT #3893).
-Knows neither accuracy nor speed.
+Knows neither labels nor speed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from portaisys.engine import Engine
+from portaisys.engine import Arrays, Engine
 
 # Of the largest answer. A quantized value may fall on the other side of a rounding when sums are added in another order.
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "int8": 0.05}
+TOLERANCE = {"fp32": 1e-3, "tf32": 5e-3, "fp16": 0.02, "bf16": 0.05, "int8": 0.05, "fp8": 0.1}
 
 
-def problem(engine: Engine, x: NDArray[np.float32], *, batches: Sequence[int], seed: int = 0, expected: NDArray[np.float32] | None = None) -> str:
-    """Why this engine must not be used, empty when it may. `x`: rows of the one input; `expected`: their answers, default the engine's own, row by row.
+def problem(
+    engine: Engine, feeds: Arrays, *, batches: Sequence[int], seed: int = 0, expected: Arrays | None = None, tolerance: float | None = None
+) -> str:
+    """Why this engine must not be used, empty when it may. `feeds`: rows of every input; `expected`: their answers, default the engine's own, row by row.
 
-    Every batch size is drawn twice from `x`, in random order and with repetition, so that neighbours differ each time.
+    Every batch size is drawn twice from the rows, in random order and with repetition, so that neighbours differ each time.
+    `tolerance`: absolute, default TOLERANCE of the largest answer. An engine of a fixed batch: `feeds` is one batch or more, `batches` that size.
     """
     rng = np.random.default_rng(seed)
-    alone = _run(engine, x[:1]) if expected is not None else np.concatenate([_run(engine, row[None]) for row in x])
-    if not np.isfinite(alone).all():
-        return "its answers hold NaN or infinity"
-    right = alone if expected is None else expected
-    bound = TOLERANCE[engine.precision] * float(np.abs(right).max())
-    for batch in (*batches, int(rng.integers(1, max(batches) + 1))):
+    rows = len(next(iter(feeds.values())))
+    right = expected if expected is not None else _alone(engine, feeds, rows, min(batches))
+    if off := _not_finite(right if expected is None else _run(engine, feeds, np.arange(min(batches)) % rows)):
+        return f"its answers hold NaN or infinity ({off})"
+    sizes = [*batches, int(rng.integers(min(batches), max(batches) + 1))]
+    for batch in sizes:
         for _ in range(2):
-            chosen = rng.integers(0, len(x), batch)
-            answers = _run(engine, x[chosen])
-            if not np.isfinite(answers).all():
-                return f"its answers at batch {batch} hold NaN or infinity"
-            off = float(np.abs(answers - right[chosen]).max())
-            if off > bound:
-                return f"at batch {batch} an answer is {off:.3g} from what the same row gets {'alone' if expected is None else 'from the reference'} (bound {bound:.3g})"
+            chosen = rng.integers(0, rows, batch)
+            if found := _differs(_run(engine, feeds, chosen), {name: array[chosen] for name, array in right.items()}, right, engine.precision, tolerance):
+                return f"at batch {batch} {found} from what the same row gets {'alone' if expected is None else 'from the reference'}"
     return ""
 
 
-def _run(engine: Engine, x: NDArray[np.float32]) -> NDArray[np.float32]:
-    found: NDArray[np.float32] = engine.run({engine.inputs[0].name: np.ascontiguousarray(x)})[engine.outputs[0].name]
-    return found
+def agreement(engine: Engine, feeds: Arrays, answers: NDArray[Any], batch: int) -> float:
+    """Fraction in [0, 1] of rows whose largest score in the first output [n, classes] is where it is in `answers`."""
+    rows = len(answers)
+    found = np.concatenate([_run(engine, feeds, np.arange(start, min(start + batch, rows)))[engine.outputs[0].name] for start in range(0, rows, batch)])
+    return float((found.argmax(1) == answers.argmax(1)).mean())
+
+
+def _alone(engine: Engine, feeds: Arrays, rows: int, batch: int) -> dict[str, NDArray[Any]]:
+    parts = [_run(engine, feeds, np.arange(start, start + batch) % rows) for start in range(0, rows, batch)]
+    return {name: np.concatenate([part[name] for part in parts])[:rows] for name in parts[0]}
+
+
+def _run(engine: Engine, feeds: Arrays, chosen: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    return engine.run({name: np.ascontiguousarray(array[chosen]) for name, array in feeds.items()})
+
+
+def _not_finite(answers: Mapping[str, NDArray[Any]]) -> str:
+    """Name of the first output with a NaN or infinity in it."""
+    return next((name for name, array in answers.items() if array.dtype.kind == "f" and not np.isfinite(array).all()), "")
+
+
+def _differs(found: Arrays, right: Arrays, scale: Arrays, precision: str, tolerance: float | None) -> str:
+    """The first output that is further from `right` than it may be; integers may not differ at all from exact engines'."""
+    for name, array in found.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            return f"{name} holds NaN or infinity, far"
+        bound = TOLERANCE[precision] * float(np.abs(scale[name].astype(np.float64)).max(initial=0)) if tolerance is None else tolerance
+        off = float(np.abs(np.subtract(array, right[name], dtype=np.float64)).max(initial=0))
+        if off > bound:
+            return f"{name} is {off:.3g} (bound {bound:.3g}) off"
+    return ""

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from portaisys import artifact, registry
-from portaisys.engine import Arrays, Engine, Options, Tensor
+from portaisys.engine import Arrays, Engine, Options, Tensor, verify
 from portaisys.engine.cache import get_or_build, load
 from portaisys.serve.batcher import Batcher, BatchRecord, Outputs
 from portaisys.spec import Storage, UserError
@@ -126,7 +126,7 @@ def open_version(
     about = json.loads(found.file("version.json").read_text())
     max_batch = _max_batch(about, limits)
     engine, fallbacks = _first_that_holds(found, about, cache_dir, limits)
-    _warm(engine, found, sorted({1, min(about["opt_batch"], max_batch), max_batch}))
+    _warm(engine, found, [size for size in _sizes(about) if size <= max_batch])
     name, stats = name or about["name"], Stats()
     observers = _both(stats.add, observe)
     batcher = Batcher(engine.run, max_batch=max_batch, max_queue=limits.max_queue, max_delay_ms=limits.max_delay_ms, observe=observers)
@@ -176,15 +176,15 @@ def _first_that_holds(found: artifact.Artifact, about: Mapping[str, Any], cache_
     for precision in _candidates(about, limits):
         options = Options(precision, about["opt_batch"], about["max_batch"], threads=limits.threads)
         try:
-            engine = load(get_or_build(found.file(f"{precision}.onnx"), about["backend"], options, cache_dir), options)
+            engine = load(get_or_build(found.file(f"{precision}.onnx"), about["backends"][precision], options, cache_dir), options)
         except UserError:
             # The cause may name paths; it is for the log, the reason is for everybody.
             logger.exception("%s cannot be built or loaded", precision)
             fallbacks.append(f"{precision}: cannot be built or loaded on this machine; the server's log has the cause")
             continue
-        problem = check_golden(engine, *_golden(found, precision), tolerance=about["tolerance"], max_batch=about["max_batch"])
-        if problem is None:
-            _check_labels(found, about)
+        problem = _problem(engine, found, about)
+        if not problem:
+            _check_labels(found, about, engine)
             return engine, fallbacks
         engine.close()
         logger.warning("%s is not served: %s", precision, problem)
@@ -201,31 +201,43 @@ def _candidates(about: Mapping[str, Any], limits: Limits) -> list[str]:
     return [limits.precision]
 
 
-def _golden(found: artifact.Artifact, precision: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    with np.load(found.file("golden.npz"), allow_pickle=False) as golden:
-        return golden["x"], golden[f"logits_{precision}"]
+def _problem(engine: Engine, found: artifact.Artifact, about: Mapping[str, Any]) -> str:
+    """Why this engine must not be served, empty when it may: golden answers in batches of every kind, decisions on the calibration rows."""
+    feeds, answers = _samples(found, "golden.npz", engine)
+    problem = verify.problem(engine, feeds, batches=_sizes(about), expected=answers, tolerance=about["tolerance"])
+    if problem or not about["labels"]:
+        return problem
+    feeds, answers = _samples(found, "calibration.npz", engine)
+    scores = answers[engine.outputs[0].name]
+    agreed = verify.agreement(engine, feeds, scores, about["max_batch"])
+    changed = round((1 - agreed) * len(scores))
+    # One row in a hundred may be a tie that falls the other way on another CPU.
+    return "" if changed <= max(1, len(scores) // 100) else f"{changed} of {len(scores)} decisions on the calibration rows differ from those that were judged"
 
 
-def check_golden(engine: Engine, x: NDArray[Any], logits: NDArray[Any], *, tolerance: float, max_batch: int) -> str | None:
-    """Why this engine's answers to `x` are not `logits`, within `tolerance` and with equal argmax; None when they are."""
-    feed, output = engine.inputs[0].name, engine.outputs[0].name
-    parts = [engine.run({feed: x[start : start + max_batch]})[output] for start in range(0, len(x), max_batch)]
-    answers = np.concatenate(parts)
-    max_abs = float(np.abs(answers - logits).max())
-    flipped = int((answers.argmax(1) != logits.argmax(1)).sum())
-    if max_abs <= tolerance and not flipped:  # in this order NaN does not pass
-        return None
-    return f"golden answers differ by up to {max_abs:.3g} (bound {tolerance:.3g}), {flipped} of {len(x)} decisions changed"
+def _sizes(about: Mapping[str, Any]) -> list[int]:
+    """Batch sizes to verify; of a fixed batch only that one."""
+    least = about.get("min_batch", 1)
+    return sorted({max(least, size) for size in (1, 2, about["opt_batch"], about["max_batch"])})
 
 
-def _check_labels(found: artifact.Artifact, about: Mapping[str, Any]) -> None:
-    classes = _golden(found, about["precisions"][0])[1].shape[1]
-    if len(about["labels"]) != classes:
+def _samples(found: artifact.Artifact, file: str, engine: Engine) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+    """Inputs by name, and what the engine of this precision answered where it was judged."""
+    arrays = artifact.read_arrays(found.file(file))
+    try:
+        return {tensor.name: arrays[tensor.name] for tensor in engine.inputs}, {tensor.name: arrays[f"{tensor.name}_{engine.precision}"] for tensor in engine.outputs}
+    except KeyError as error:
+        raise UserError(f"{found.path / file}: holds no {error}; publish the version again") from None
+
+
+def _check_labels(found: artifact.Artifact, about: Mapping[str, Any], engine: Engine) -> None:
+    classes = engine.outputs[0].shape[-1] if engine.outputs[0].shape else -1
+    if about["labels"] and len(about["labels"]) != classes:
         raise UserError(f"{found.path}: {len(about['labels'])} labels for {classes} classes; publish the version again")
 
 
 def _warm(engine: Engine, found: artifact.Artifact, batches: Sequence[int]) -> None:
     """The first run of a batch size pays for memory and kernel choice; no client should."""
-    x, _ = _golden(found, engine.precision)
+    feeds, _ = _samples(found, "golden.npz", engine)
     for batch in batches:
-        engine.run({engine.inputs[0].name: np.resize(x, (batch, *x.shape[1:]))})
+        engine.run({name: np.ascontiguousarray(array[np.arange(batch) % len(array)]) for name, array in feeds.items()})
