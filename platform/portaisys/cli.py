@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from portaisys import spec
-from portaisys.screen import Screen, closing_table, console, entries_table, ledger_table, search_table, stage_table, versions_table
+from portaisys.screen import (
+    Screen,
+    answered_table,
+    closing_table,
+    compiled_table,
+    console,
+    entries_table,
+    ledger_table,
+    search_table,
+    stage_table,
+    timings_table,
+    versions_table,
+)
 from portaisys.spec import Storage, UserError
 
 _EXAMPLES = """examples:
@@ -40,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="verb")
     _verb(verbs, run, "run every stage of a spec that is not finished, gate, publish", "portaisys run jobs/specs/digits.yaml", _spec_arguments, _promote_argument, _resume_argument)
     _verb(verbs, train, "the training stage of a spec alone", "portaisys train jobs/specs/digits.yaml train.epochs=5", _spec_arguments, _resume_argument)
+    _verb(verbs, compile_, "make engines of any ONNX file: verify, quantize, time, publish", "portaisys compile model.onnx --calibration data.npz --precision int8", _compile_arguments, _promote_argument, _storage_arguments, name="compile")
+    _verb(verbs, benchmark, "time a version: every backend, precision and batch that runs here", "portaisys benchmark digits@production --batches 1,8,32", _version_argument, _benchmark_arguments, _storage_arguments)
+    _verb(verbs, predict, "answer the rows of an .npz with a version", "portaisys predict digits@production data.npz --out answers.npz", _version_argument, _predict_arguments, _storage_arguments)
     _verb(verbs, tune, "search a space: trials, Pareto front, best spec", "portaisys tune tune_spaces/prune_digits.yaml search.trials=8", _space_arguments)
     _verb(verbs, demo, "run a spec, then serve it and ask it real requests", "portaisys demo jobs/specs/digits.yaml", _spec_arguments, _resume_argument)
     _verb(verbs, show_spec, "print the resolved spec, or its JSON schema", "portaisys spec jobs/specs/digits.yaml train.epochs=3", _optional_spec_arguments, name="spec")
@@ -115,6 +130,45 @@ def _cache_arguments(parser: Any) -> None:
     parser.add_argument("--max-gib", type=float, default=Storage().max_cache_gib, help="prune: what may stay (default: %(default)s)")
 
 
+def _compile_arguments(parser: Any) -> None:
+    parser.add_argument("onnx", type=Path, help="an ONNX file of opset 11 or later")
+    parser.add_argument("--name", default="", help="what to publish it as (default: the file's name)")
+    parser.add_argument("--calibration", type=Path, help="an .npz of real rows, an array an input, and labels `y` where there are any")
+    parser.add_argument("--precision", action="append", choices=sorted({name for names in spec.BACKEND_PRECISIONS.values() for name in names}), help="beside fp32; may be repeated")
+    parser.add_argument("--backend", default="auto", choices=("auto", *spec.BACKEND_PRECISIONS), help="default: all that run here, the fastest is served")
+    parser.add_argument("--objective", default="latency", choices=("latency", "throughput"), help="default: %(default)s")
+    parser.add_argument("--dim", action="append", type=_dim, default=[], metavar="NAME=LEAST:USUAL:MOST", help="sizes of a free dimension beside the batch; may be repeated")
+    parser.add_argument("--opt-batch", type=_positive, default=8, help="the usual batch (default: %(default)s)")
+    parser.add_argument("--max-batch", type=_positive, help="default: 32, or what the file fixes")
+    parser.add_argument("--max-error", type=float, default=0.05, help="relative, of a reduced precision without labels (default: %(default)s)")
+    parser.add_argument("--max-accuracy-drop", type=float, default=0.01, help="of a reduced precision with labels (default: %(default)s)")
+    parser.add_argument("--threads", type=_positive, default=1, help="default: %(default)s")
+
+
+def _benchmark_arguments(parser: Any) -> None:
+    parser.add_argument("--batches", type=_sizes, default=[], metavar="1,8,32", help="default: 1, the usual and the largest of the version")
+    parser.add_argument("--rounds", type=_positive, default=50, help="interleaved rounds a batch (default: %(default)s)")
+    parser.add_argument("--threads", type=_positive, default=1, help="default: %(default)s")
+
+
+def _predict_arguments(parser: Any) -> None:
+    parser.add_argument("data", type=Path, help="an .npz, an array an input, rows in dimension 0")
+    parser.add_argument("--out", type=Path, default=Path("answers.npz"), help="default: %(default)s")
+    parser.add_argument("--threads", type=_positive, default=1, help="default: %(default)s")
+
+
+def _dim(text: str) -> tuple[str, int, int, int]:
+    name, _, sizes = text.rpartition("=")
+    parts = sizes.split(":")
+    if not name or len(parts) != 3 or not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=LEAST:USUAL:MOST, for example seq=1:64:256")
+    return name, int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def _sizes(text: str) -> list[int]:
+    return sorted({_positive(part) for part in text.split(",")})
+
+
 def _deploy_arguments(parser: Any) -> None:
     parser.add_argument("file", help="a Serve config, for example serve_apps/digits.yaml")
     parser.add_argument("--address", default="http://127.0.0.1:8265", help="of the Ray dashboard (default: %(default)s)")
@@ -155,6 +209,35 @@ def _settled(resolved: spec.Spec) -> spec.Spec:
     if settled != resolved:
         console.print(f"storage.path: {resolved.storage.path} would be deleted with the job's working directory; this job writes to {settled.storage.path}", soft_wrap=True)
     return settled
+
+
+def compile_(options: argparse.Namespace) -> None:
+    from portaisys import compile as compiling
+
+    order = compiling.Order(
+        options.onnx, options.name or compiling.name_of(options.onnx), options.calibration, tuple(options.precision or ("fp32",)), options.backend, options.objective,
+        options.opt_batch, options.max_batch, tuple(options.dim), options.max_error, options.max_accuracy_drop, options.threads, storage=Storage(path=options.storage),
+    )  # fmt: skip
+    with Screen() as tell:
+        made = compiling.compile_onnx(order, lambda text: tell("compile", text), promote=not options.no_promote)
+        tell("compile", "done", 1.0, "done")
+    compiled_table(made)
+
+
+def benchmark(options: argparse.Namespace) -> None:
+    from portaisys import compile as compiling
+
+    with Screen() as tell:
+        version, table = compiling.benchmark(options.reference, Storage(path=options.storage), options.batches, options.rounds, options.threads, lambda text: tell("benchmark", text))
+        tell("benchmark", "done", 1.0, "done")
+    console.print(timings_table(table, f"{version}, {options.threads} thread(s), {options.rounds} interleaved rounds"))
+
+
+def predict(options: argparse.Namespace) -> None:
+    from portaisys.serve.predict import answer_file
+
+    opened, rows = answer_file(options.reference, options.data, options.out, Storage(path=options.storage), options.threads)
+    console.print(answered_table(opened, rows, options.out))
 
 
 def tune(options: argparse.Namespace) -> None:

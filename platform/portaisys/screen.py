@@ -113,6 +113,40 @@ def entries_table(entries: Sequence[Any], folder: Any) -> Table:
     return table
 
 
+def timings_table(table: Iterable[Any], title: str) -> Table:
+    """One line a backend, precision and batch; what does not run says why."""
+    shown = Table("backend", "precision", "batch", "p50 ms", "p90 ms", "p99 ms", "rows/s", title=title, box=box.SIMPLE, pad_edge=False)
+    for line in table:
+        if line.ms is None:
+            shown.add_row(line.backend, line.precision, "-", line.because)
+        for batch, (p50, p90, p99) in (line.ms or {}).items():
+            shown.add_row(line.backend, line.precision, str(batch or "as is"), f"{p50:.3f}", f"{p90:.3f}", f"{p99:.3f}", f"{max(1, batch) / p50 * 1e3:,.0f}")
+    return shown
+
+
+def compiled_table(made: Any) -> None:
+    """Every engine that was timed, what was admitted and why, and where it lies."""
+    console.print(timings_table(made.table, "Engines built and timed here"))
+    for one in made.judged:
+        same = "" if one.agreement is None else f", largest score where the file's is in {one.agreement:.1%} of rows"
+        console.print(f"[bold]{one.precision}[/] on {one.backend}: {'admitted' if one.admitted else 'not admitted'}: {one.because}{same}", highlight=False, soft_wrap=True)
+    for note in made.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    places = Table(box=None, show_header=False)
+    for name, place in (("version", made.version), ("files", made.folder)):
+        places.add_row(f"[bold]{name}", str(place))
+    console.print(places)
+
+
+def answered_table(opened: Any, rows: int, out: Any) -> Table:
+    """What answered how many rows, and where the answers are."""
+    places = Table(box=None, show_header=False)
+    engine = f"{opened.engine.backend} {opened.engine.precision}" + "".join(f"; not {reason}" for reason in opened.fallbacks)
+    for name, value in (("version", opened.version), ("engine", engine), ("rows", f"{rows:,}"), ("answers", out)):
+        places.add_row(f"[bold]{name}", str(value))
+    return places
+
+
 def versions_table(versions: Sequence[Any]) -> Table:
     """One line a version."""
     table = Table("version", "aliases", "verdict", "digest", "run")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,12 +18,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.version_converter
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from portaisys.artifact import write_bytes
-from portaisys.engine import read_onnx
+from portaisys.engine import Arrays
+from portaisys.engine.onnx_file import face_of, read_onnx
 from portaisys.spec import Quantize, UserError
 
 WEIGHTED = ("Conv", "MatMul", "Gemm")
@@ -41,47 +43,60 @@ class Plan:
     adds: int
 
 
-def quantize(onnx_in: Path, onnx_out: Path, calibration: NDArray[np.float32], options: Quantize) -> dict[str, Any]:
+def quantize(onnx_in: Path, onnx_out: Path, calibration: NDArray[Any] | Arrays, options: Quantize) -> dict[str, Any]:
     """Write `onnx_out`, the int8 version of `onnx_in`; the same input gives the same bytes. Returns figures and `notes`.
 
-    `calibration`: float32 [rows, ...], what the graph's one input takes. Raises UserError when it is empty, constant, not
-    finite or of the wrong shape (scales are never made up), and when the graph has nothing to quantize.
+    `calibration`: [rows, ...] of the graph's one input, or of every input by name. Raises UserError when it is empty, constant,
+    not finite or of the wrong shape (scales are never made up), and when the graph has nothing to quantize.
     """
-    feed = _feed(read_onnx(onnx_in), calibration)
+    model = read_onnx(onnx_in)
+    feeds, batch = _feeds(model, calibration)
     with tempfile.TemporaryDirectory() as folder:
-        ready, raw = Path(folder) / "ready.onnx", Path(folder) / "int8.onnx"
+        plain, ready, raw = (Path(folder) / name for name in ("plain.onnx", "ready.onnx", "int8.onnx"))
+        plain.write_bytes(_of_opset_13(model).SerializeToString())  # a model given as such would be split into files
         # Folds BatchNorm and constants, infers shapes. The symbolic inference needs sympy and changed nothing here.
-        quant_pre_process(onnx_in, ready, skip_symbolic_shape=True)
+        quant_pre_process(plain, ready, skip_symbolic_shape=True)
         model = _named(ready)
         plan = make_plan(model.graph, options.quantize_add)
         if not plan.quantized:
             raise UserError("compress.quantize: nothing to quantize beside the head: no Conv, MatMul or Gemm with constant weights; remove this step")
-        _quantize(model, raw, feed, calibration, plan, options)
+        _quantize(model, raw, _Rows(feeds, batch), plan, options)
         write_bytes(onnx_out, onnx.load(raw).SerializeToString(deterministic=True))
-    return _figures(onnx_in, onnx_out, len(calibration), plan)
+    return _figures(onnx_in, onnx_out, len(next(iter(feeds.values()))), plan)
 
 
-def _feed(model: Any, calibration: NDArray[np.float32]) -> str:
-    """Name of the graph's input, when the calibration rows are fit for it."""
-    constants = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in constants]
-    if len(inputs) != 1:
-        raise UserError(f"compress.quantize: calibration rows feed one input, this graph has {len(inputs)}")
-    shape = [dim.dim_value or -1 for dim in inputs[0].type.tensor_type.shape.dim]
-    _check_rows(calibration, shape)
-    return str(inputs[0].name)
-
-
-def _check_rows(calibration: NDArray[np.float32], shape: list[int]) -> None:
-    if not len(calibration):
-        raise UserError("compress.quantize: no calibration rows; set data.calibration_rows to 100 or more")
-    fits = len(shape) == calibration.ndim and all(want in (-1, got) for want, got in zip(shape, calibration.shape, strict=True))
-    if calibration.dtype != np.float32 or not fits:
-        raise UserError(f"compress.quantize: the graph takes float32 {shape}, the calibration rows are {calibration.dtype} {list(calibration.shape)}")
-    if not np.isfinite(calibration).all():
-        raise UserError("compress.quantize: calibration rows hold NaN or infinity, which no scale can cover; clean the data")
-    if calibration.min() == calibration.max():
+def _feeds(model: Any, calibration: NDArray[Any] | Arrays) -> tuple[dict[str, NDArray[Any]], int]:
+    """Rows by input, when they are fit for the graph, and the batch the graph fixes (0: free)."""
+    face = face_of(model)
+    if not isinstance(calibration, Mapping):
+        if len(face.inputs) != 1:
+            raise UserError(f"compress.quantize: calibration rows feed one input, this graph has {len(face.inputs)}; give rows for each by name")
+        calibration = {face.inputs[0].name: calibration}
+    if face.batch is None:
+        raise UserError("compress.quantize: the inputs share no batch in dimension 0, so there are no rows to calibrate with; export the model with one")
+    if set(calibration) != {tensor.name for tensor in face.inputs} or len({len(rows) for rows in calibration.values()}) != 1:
+        raise UserError(f"compress.quantize: needs equally many rows for {', '.join(tensor.name for tensor in face.inputs)}; got {', '.join(f'{name} {len(rows)}' for name, rows in calibration.items())}")
+    for tensor in face.inputs:
+        _check_rows(calibration[tensor.name], tensor.dtype, [-1, *tensor.shape[1:]])
+    if all(rows.min() == rows.max() for rows in calibration.values()):
         raise UserError("compress.quantize: every calibration value is the same, so no range can be learnt; give real rows")
+    return dict(calibration), face.batch
+
+
+def _check_rows(rows: NDArray[Any], dtype: str, shape: list[int]) -> None:
+    if not len(rows):
+        raise UserError("compress.quantize: no calibration rows; set data.calibration_rows to 100 or more")
+    fits = len(shape) == rows.ndim and all(want in (-1, got) for want, got in zip(shape, rows.shape, strict=True))
+    if rows.dtype.name != dtype or not fits:
+        raise UserError(f"compress.quantize: the graph takes {dtype} {shape}, the calibration rows are {rows.dtype} {list(rows.shape)}")
+    if rows.dtype.kind == "f" and not np.isfinite(rows).all():
+        raise UserError("compress.quantize: calibration rows hold NaN or infinity, which no scale can cover; clean the data")
+
+
+def _of_opset_13(model: Any) -> Any:
+    """The model, brought to the first opset that has a scale per channel where it is older."""
+    opset = max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    return model if opset >= 13 else onnx.version_converter.convert_version(model, 13)
 
 
 def _named(path: Path) -> Any:
@@ -136,20 +151,22 @@ def _pools_behind_relu(nodes: Iterable[Any]) -> list[Any]:
 class _Rows:
     """Calibration rows as ORT reads them: one dict of arrays after the other, then None."""
 
-    def __init__(self, name: str, rows: NDArray[np.float32]) -> None:
+    def __init__(self, feeds: Arrays, fixed: int) -> None:
+        rows = len(next(iter(feeds.values())))
         # ORT's "entropy" and "percentile" stack the batches into one array, so none may be shorter.
-        batch = next(size for size in range(MAX_BATCH, 0, -1) if len(rows) % size == 0)
-        self._feeds: Iterator[dict[str, Any]] = ({name: rows[start : start + batch]} for start in range(0, len(rows), batch))
+        batch = fixed or next(size for size in range(MAX_BATCH, 0, -1) if rows % size == 0)
+        parts = [slice(start, start + batch) for start in range(0, rows - batch + 1, batch)]
+        self._feeds: Iterator[dict[str, Any]] = ({name: array[part] for name, array in feeds.items()} for part in parts)
 
     def get_next(self) -> dict[str, Any] | None:
         return next(self._feeds, None)
 
 
-def _quantize(model: Any, out: Path, feed: str, rows: NDArray[np.float32], plan: Plan, options: Quantize) -> None:
+def _quantize(model: Any, out: Path, rows: _Rows, plan: Plan, options: Quantize) -> None:
     types = sorted({node.op_type for node in model.graph.node if node.name in plan.quantized})
     with contextlib.redirect_stdout(io.StringIO()):  # the library prints its progress
         quantize_static(
-            model, out, _Rows(feed, rows), quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=options.reduce_range,
+            model, out, rows, quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=options.reduce_range,
             weight_type=QuantType.QInt8, activation_type=QuantType.QInt8, calibrate_method=METHODS[options.calibration],
             op_types_to_quantize=types, nodes_to_quantize=list(plan.quantized),
             extra_options={

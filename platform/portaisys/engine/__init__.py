@@ -9,7 +9,6 @@ import contextlib
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -50,6 +49,11 @@ class Options:
     threads: int = 1
     slots: int = 1
     cuda_graphs: bool = True
+
+    def __post_init__(self) -> None:
+        for name, *sizes in (("batch", 1, self.opt_batch, self.max_batch), *self.dims):
+            if sizes != sorted(sizes) or sizes[0] < 1:
+                raise UserError(f"engine profile: {name} goes from {sizes[0]} by {sizes[1]} to {sizes[2]}; the least must be 1 or more, the usual between it and the largest")
 
 
 # What of the options decides how a built engine is run, not what is built.
@@ -109,35 +113,6 @@ def available() -> dict[str, str]:
     return found
 
 
-def read_onnx(path: Path) -> Any:
-    """The checked `onnx.ModelProto` in a file. Raises UserError when there is none, or it is damaged or not self-contained."""
-    import onnx  # 0.3 s, and whoever only names a type of this module does not need it
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
-    try:
-        model = onnx.load(path, load_external_data=False)
-        outside = [tensor.name for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
-        if not outside:
-            onnx.checker.check_model(model)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); export the model again") from None
-    except (DecodeError, onnx.checker.ValidationError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not an ONNX file, or a damaged one ({_first_line(error)}); export the model again") from None
-    if outside:
-        raise UserError(f"{path}: {outside[0]} and {len(outside) - 1} more weights are in another file, which caches would miss; export with external_data=False")
-    return model
-
-
-def read_for(path: Path, precision: str) -> Any:
-    """`read_onnx`, and its types are what `precision` ("fp32" or "int8") says: engines take them from the file, not from a flag."""
-    model = read_onnx(path)
-    quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
-    if quantized != (precision == "int8"):
-        what = "is quantized" if quantized else "holds no QuantizeLinear, so an int8 engine of it would be fp32"
-        raise UserError(f"engine.precisions: {precision!r} was asked for, but {path} {what}; give the file of the right stage (quantize makes the int8 one)")
-    return model
-
-
 def check_feeds(inputs: Sequence[Tensor], feeds: Arrays) -> int:
     """The number of rows of a request, dimension 0 of whatever input leaves it free. Raises UserError when names, types or shapes are not those of `inputs`."""
     if set(feeds) != {tensor.name for tensor in inputs}:
@@ -154,8 +129,4 @@ def check_feeds(inputs: Sequence[Tensor], feeds: Arrays) -> int:
     return int(rows.pop())
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-__all__ = ["BACKENDS", "RUN_ONLY", "Arrays", "CannotExecute", "Engine", "Options", "Status", "Tensor", "available", "backend", "check_feeds", "np", "read_for", "read_onnx"]
+__all__ = ["BACKENDS", "RUN_ONLY", "Arrays", "CannotExecute", "Engine", "Options", "Status", "Tensor", "available", "backend", "check_feeds", "np"]

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,45 +18,46 @@ from numpy.typing import NDArray
 from portaisys import evaluate
 from portaisys.engine import BACKENDS, Arrays, Engine, Options, backend, verify
 from portaisys.engine.cache import get_or_build, load
+from portaisys.engine.verify import AS_IS
 from portaisys.spec import UserError
 
 
 @dataclass(frozen=True)
 class Timed:
-    """A line of the table. `ms`: batch -> (p50, p99) milliseconds; None where the engine must not or cannot run here, and `because` says why."""
+    """A line of the table. `ms`: batch -> (p50, p90, p99) milliseconds; None where the engine must not or cannot run here, and `because` says why."""
 
     backend: str
     precision: str
-    ms: Mapping[int, tuple[float, float]] | None
+    ms: Mapping[int, tuple[float, ...]] | None
     because: str = ""
 
 
 def measure(
     files: Mapping[str, Path], feeds: Arrays, options: Options, cache_dir: Path, *, batches: Sequence[int], rounds: int, seed: int = 0,
-    max_bytes: int | None = None, tell: Callable[[str], None] = lambda text: None,
+    max_bytes: int | None = None, tell: Callable[[str], None] = lambda text: None, backends: Sequence[str] = tuple(BACKENDS),
 ) -> list[Timed]:  # fmt: skip
     """Build, verify and time every backend and precision that runs here, all interleaved at each batch size.
 
-    `files`: precision -> ONNX file; `feeds`: rows of every input, repeated where a batch needs more of them.
+    `files`: precision -> ONNX file; `feeds`: rows of every input, repeated where a batch needs more of them; batch AS_IS takes them as they are.
     """
     engines: dict[tuple[str, str], Engine] = {}
     refused: list[Timed] = []
-    for name, (precision, file) in itertools.product(BACKENDS, files.items()):
+    for name, (precision, file) in itertools.product(backends, files.items()):
         tell(f"building {precision} with {name}")
         found = _open(name, file, replace(options, precision=precision), cache_dir, max_bytes)
-        if not isinstance(found, str) and (problem := verify.problem(found, _first(feeds), batches=batches, seed=seed)):
+        if not isinstance(found, str) and (problem := verify.problem(found, _first(feeds, batches), batches=batches, seed=seed)):
             found.close()
             found = f"unsound: {problem}"
         if isinstance(found, str):
             refused.append(Timed(name, precision, None, found))
         else:
             engines[name, precision] = found
-    ms: dict[tuple[str, str], dict[int, tuple[float, float]]] = {key: {} for key in engines}
+    ms: dict[tuple[str, str], dict[int, tuple[float, ...]]] = {key: {} for key in engines}
     for batch in batches:
         tell(f"timing {len(engines)} engines at batch {batch}")
-        for key, times in _times(engines, _batch(feeds, batch), rounds, seed).items():
-            p50, p99 = np.percentile(times, (50, 99))
-            ms[key][batch] = (float(p50), float(p99))
+        for key, times in _times(engines, batch_of(feeds, batch), rounds, seed).items():
+            p50, p90, p99 = np.percentile(times, (50, 90, 99))
+            ms[key][batch] = (float(p50), float(p90), float(p99))
     for engine in engines.values():
         engine.close()
     return [Timed(*key, found) for key, found in ms.items()] + refused
@@ -66,13 +66,14 @@ def measure(
 VERIFIED_ROWS = 32
 
 
-def _first(feeds: Arrays) -> dict[str, NDArray[Any]]:
-    return {name: array[:VERIFIED_ROWS] for name, array in feeds.items()}
+def _first(feeds: Arrays, batches: Sequence[int]) -> Arrays:
+    """Rows to verify with: a few, but a whole fixed batch."""
+    return feeds if AS_IS in batches else {name: array[: max(VERIFIED_ROWS, min(batches))] for name, array in feeds.items()}
 
 
-def _batch(feeds: Arrays, batch: int) -> dict[str, NDArray[Any]]:
-    """So many rows of each input, in order and again from the start."""
-    return {name: np.ascontiguousarray(array[np.arange(batch) % len(array)]) for name, array in feeds.items()}
+def batch_of(feeds: Arrays, batch: int) -> Arrays:
+    """So many rows of each input, in order and again from the start; AS_IS all as they are."""
+    return feeds if batch == AS_IS else {name: np.ascontiguousarray(array[np.arange(batch) % len(array)]) for name, array in feeds.items()}
 
 
 def _times(engines: Mapping[tuple[str, str], Engine], feeds: Arrays, rounds: int, seed: int) -> dict[tuple[str, str], NDArray[np.float64]]:
@@ -106,7 +107,7 @@ def pick(table: Sequence[Timed], objective: str, p99_limit_ms: float | None = No
         best = min(runs, key=lambda line: _p50(line, min(line.ms or {})))
         batch = min(best.ms or {})
         return best, f"{_p50(best, batch):.3f} ms at batch {batch}, the least of {len(runs)} engines"
-    rates = [(batch / p50 * 1e3, line, batch) for line in runs for batch, (p50, p99) in (line.ms or {}).items() if p99_limit_ms is None or p99 <= p99_limit_ms]
+    rates = [(max(1, batch) / p50 * 1e3, line, batch) for line in runs for batch, (p50, *_, p99) in (line.ms or {}).items() if p99_limit_ms is None or p99 <= p99_limit_ms]
     if not rates:
         raise UserError(f"engine.p99_limit_ms: no engine keeps {p99_limit_ms:g} ms at any batch size; raise it, or lower export.opt_batch")
     rate, best, batch = max(rates, key=lambda found: found[0])

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from portaisys.artifact import write_bytes
-from portaisys.engine import Arrays, Options, Tensor, check_feeds, read_for
+from portaisys.engine import Arrays, Options, Tensor, check_feeds
 from portaisys.engine.cpu import device
+from portaisys.engine.onnx_file import read_for
+from portaisys.engine.verify import answers
 from portaisys.spec import UserError
 
 PRECISIONS = ("fp32", "int8")
@@ -26,7 +28,8 @@ PRECISIONS = ("fp32", "int8")
 _X86 = ("x86_64", "AMD64")
 _DTYPES = {
     "tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16", "tensor(int64)": "int64",
-    "tensor(int32)": "int32", "tensor(int8)": "int8", "tensor(uint8)": "uint8", "tensor(bool)": "bool",
+    "tensor(int32)": "int32", "tensor(int16)": "int16", "tensor(int8)": "int8", "tensor(uint8)": "uint8", "tensor(uint16)": "uint16",
+    "tensor(uint32)": "uint32", "tensor(uint64)": "uint64", "tensor(bool)": "bool",
 }  # fmt: skip
 
 
@@ -73,6 +76,18 @@ class CpuEngine:
     def close(self) -> None:
         """Free the session."""
         self._session = None
+
+
+def reference(onnx: Path, feeds: Arrays, batch: int) -> dict[str, NDArray[Any]]:
+    """What the file itself says: answers with every optimisation off, `batch` rows at a time (0: one call). Raises UserError when ORT refuses it."""
+    settings = onnxruntime.SessionOptions()
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    settings.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(onnx), settings, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise UserError(f"{onnx}: ONNX Runtime cannot open it: {str(error).strip()}") from error
+    return answers(CpuEngine(session, "fp32"), feeds, batch)
 
 
 def _session(path: Path, options: Options, blame: Path) -> Any:

@@ -13,8 +13,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from portaisys.artifact import write_bytes
-from portaisys.engine import Arrays, Options, Tensor, check_feeds, read_for
+from portaisys.engine import Arrays, Options, Tensor, check_feeds
 from portaisys.engine.cpu import device
+from portaisys.engine.onnx_file import read_for
 from portaisys.spec import UserError
 
 PRECISIONS = ("fp32", "bf16", "int8")

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from portaisys.artifact import write_bytes
-from portaisys.engine import Arrays, CannotExecute, Options, Tensor, check_feeds, read_for
+from portaisys.engine import Arrays, CannotExecute, Options, Tensor, check_feeds
+from portaisys.engine.onnx_file import read_for
 from portaisys.spec import UserError
 
 PRECISIONS = ("fp32", "int8")

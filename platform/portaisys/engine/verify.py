@@ -18,17 +18,22 @@ from portaisys.engine import Arrays, Engine
 TOLERANCE = {"fp32": 1e-3, "tf32": 5e-3, "fp16": 0.02, "bf16": 0.05, "int8": 0.05, "fp8": 0.1}
 
 
+AS_IS = 0  # the batch of an engine whose inputs share none: its samples are one call
+
+
 def problem(
     engine: Engine, feeds: Arrays, *, batches: Sequence[int], seed: int = 0, expected: Arrays | None = None, tolerance: float | None = None
 ) -> str:
     """Why this engine must not be used, empty when it may. `feeds`: rows of every input; `expected`: their answers, default the engine's own, row by row.
 
     Every batch size is drawn twice from the rows, in random order and with repetition, so that neighbours differ each time.
-    `tolerance`: absolute, default TOLERANCE of the largest answer. An engine of a fixed batch: `feeds` is one batch or more, `batches` that size.
+    `tolerance`: absolute, default TOLERANCE of the largest answer. `batches` of an engine of a fixed batch is that size, of one without (AS_IS,).
     """
+    if AS_IS in batches:
+        return _problem_as_is(engine, feeds, expected, tolerance)
     rng = np.random.default_rng(seed)
     rows = len(next(iter(feeds.values())))
-    right = expected if expected is not None else _alone(engine, feeds, rows, min(batches))
+    right = expected if expected is not None else answers(engine, feeds, min(batches))
     if off := _not_finite(right if expected is None else _run(engine, feeds, np.arange(min(batches)) % rows)):
         return f"its answers hold NaN or infinity ({off})"
     sizes = [*batches, int(rng.integers(min(batches), max(batches) + 1))]
@@ -40,16 +45,28 @@ def problem(
     return ""
 
 
-def agreement(engine: Engine, feeds: Arrays, answers: NDArray[Any], batch: int) -> float:
-    """Fraction in [0, 1] of rows whose largest score in the first output [n, classes] is where it is in `answers`."""
-    rows = len(answers)
-    found = np.concatenate([_run(engine, feeds, np.arange(start, min(start + batch, rows)))[engine.outputs[0].name] for start in range(0, rows, batch)])
-    return float((found.argmax(1) == answers.argmax(1)).mean())
+def _problem_as_is(engine: Engine, feeds: Arrays, expected: Arrays | None, tolerance: float | None) -> str:
+    found = engine.run(feeds)
+    if off := _not_finite(found):
+        return f"its answers hold NaN or infinity ({off})"
+    right = expected if expected is not None else found
+    differs = _differs(engine.run(feeds), right, right, engine.precision, tolerance)
+    return f"{differs} from {'the same call before' if expected is None else 'the reference'}" if differs else ""
 
 
-def _alone(engine: Engine, feeds: Arrays, rows: int, batch: int) -> dict[str, NDArray[Any]]:
+def answers(engine: Engine, feeds: Arrays, batch: int) -> dict[str, NDArray[Any]]:
+    """Outputs for all rows of `feeds`, so many at a time, or AS_IS in one call; the last batch is filled up with first rows."""
+    if batch == AS_IS:
+        return engine.run(feeds)
+    rows = len(next(iter(feeds.values())))
     parts = [_run(engine, feeds, np.arange(start, start + batch) % rows) for start in range(0, rows, batch)]
     return {name: np.concatenate([part[name] for part in parts])[:rows] for name in parts[0]}
+
+
+def agreement(engine: Engine, feeds: Arrays, scores: NDArray[Any], batch: int) -> float:
+    """Fraction in [0, 1] of rows whose largest score in the first output [n, classes] is where it is in `scores`."""
+    found = answers(engine, feeds, batch)[engine.outputs[0].name]
+    return float((found.argmax(1) == scores.argmax(1)).mean())
 
 
 def _run(engine: Engine, feeds: Arrays, chosen: NDArray[np.int64]) -> dict[str, NDArray[Any]]:

@@ -109,6 +109,30 @@ def open_reference(reference: str, storage: Storage, limits: Limits, observe: Ca
     return open_version(fetched.path, number, engines, limits, observe, name=version.name, digest=version.digest, traced=traced)
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A version's best engine alone, for use without a server. `batch`: rows a call, AS_IS where the inputs share no batch; `golden`: its sample inputs."""
+
+    version: registry.Version
+    engine: Engine
+    batch: int
+    files: Mapping[str, Path]
+    about: Mapping[str, Any]
+    golden: Arrays
+    fallbacks: Sequence[str]
+
+
+def open_engine(reference: str, storage: Storage, limits: Limits) -> Opened:
+    """Fetch "NAME@VERSION" and open its best precision that holds here. Raises UserError as `open_reference` does."""
+    fetched = registry.fetch(reference, storage, storage.cache_dir)
+    found = _verified(fetched.path, fetched.version.digest)
+    about = json.loads(found.file("version.json").read_text())
+    engine, fallbacks = _first_that_holds(found, about, storage.cache_dir / "engines", limits)
+    golden, _ = _samples(found, "golden.npz", engine)
+    batch = verify.AS_IS if not about.get("batched", True) else max(_sizes(about))
+    return Opened(fetched.version, engine, batch, {name: found.file(f"{name}.onnx") for name in about["precisions"]}, about, golden, fallbacks)
+
+
 def open_version(
     folder: Path,
     number: str,
@@ -124,6 +148,8 @@ def open_version(
     started = time.monotonic()
     found = _verified(folder, digest)
     about = json.loads(found.file("version.json").read_text())
+    if not about.get("batched", True):
+        raise UserError(f"{about['name']}: its inputs share no batch in dimension 0, so requests cannot be batched; use portaisys predict, or export it with one")
     max_batch = _max_batch(about, limits)
     engine, fallbacks = _first_that_holds(found, about, cache_dir, limits)
     _warm(engine, found, [size for size in _sizes(about) if size <= max_batch])
@@ -174,7 +200,7 @@ def _first_that_holds(found: artifact.Artifact, about: Mapping[str, Any], cache_
     """The best admitted precision that gives the golden answers here, and why each better one does not."""
     fallbacks: list[str] = []
     for precision in _candidates(about, limits):
-        options = Options(precision, about["opt_batch"], about["max_batch"], threads=limits.threads)
+        options = Options(precision, about["opt_batch"], about["max_batch"], tuple(tuple(dim) for dim in about.get("dims", ())), threads=limits.threads)
         try:
             engine = load(get_or_build(found.file(f"{precision}.onnx"), about["backends"][precision], options, cache_dir), options)
         except UserError:
@@ -216,7 +242,9 @@ def _problem(engine: Engine, found: artifact.Artifact, about: Mapping[str, Any])
 
 
 def _sizes(about: Mapping[str, Any]) -> list[int]:
-    """Batch sizes to verify; of a fixed batch only that one."""
+    """Batch sizes to verify; of a fixed batch only that one, of none the samples as they are."""
+    if not about.get("batched", True):
+        return [verify.AS_IS]
     least = about.get("min_batch", 1)
     return sorted({max(least, size) for size in (1, 2, about["opt_batch"], about["max_batch"])})
 

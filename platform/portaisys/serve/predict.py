@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from portaisys import artifact
-from portaisys.serve.model import Limits, ServedModel, open_reference
+from portaisys.engine import Tensor, check_feeds, verify
+from portaisys.serve.model import Limits, Opened, ServedModel, open_engine, open_reference
 from portaisys.spec import Storage, UserError
 
 PLAN, MANIFEST = "plan.json", "manifest.json"
@@ -106,6 +107,34 @@ def _fitting(rows: NDArray[Any], model: ServedModel, path: Path) -> NDArray[Any]
     if len(odd):
         raise UserError(f"{path}: {len(odd)} rows hold NaN or infinity, the first are {odd[:5].tolist()}; leave them out or fill them")
     return fitting
+
+
+# --- one file, in this process --------------------------------------------------------------------------------------
+
+
+def answer_file(reference: str, source: Path, out: Path, storage: Storage, threads: int = 1) -> tuple[Opened, int]:
+    """Answer the rows of an .npz (an array an input) into the .npz `out` (an array an output), whole or not at all. Returns the engine, closed, and the number of rows.
+
+    Raises UserError for an unknown version, or arrays that are not what it takes.
+    """
+    opened = open_engine(reference, storage, Limits(threads=threads))
+    feeds = artifact.read_arrays(source)
+    try:
+        wanted = {tensor.name for tensor in opened.engine.inputs}
+        if set(feeds) != wanted:
+            raise UserError(f"{source}: holds {', '.join(feeds) or 'nothing'}; {opened.version} takes {', '.join(sorted(wanted))}")
+        rows = check_feeds(_of_any_batch(opened), feeds)
+        artifact.write_arrays(out, verify.answers(opened.engine, feeds, opened.batch if opened.about.get("min_batch", 1) > 1 else min(opened.batch, rows)))
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from error
+    finally:
+        opened.engine.close()
+    return opened, rows
+
+
+def _of_any_batch(opened: Opened) -> list[Tensor]:
+    """The inputs with the batch free, where the rows of a file are cut to the batch that the engine fixes."""
+    return [replace(tensor, shape=(-1, *tensor.shape[1:])) if opened.batch != verify.AS_IS else tensor for tensor in opened.engine.inputs]
 
 
 # --- the job ----------------------------------------------------------------------------------------------------------
