@@ -164,7 +164,7 @@ def test_a_fixed_batch_is_kept_and_no_other_can_be_asked_for(tmp_path, storage):
     path = mlp(tmp_path / "fixed.onnx", batch=4)
     found = made(path, storage)
     assert set(lines(found)["onnxruntime", "fp32"].ms) == {4}
-    with pytest.raises(UserError, match="its batch is fixed at 4, so --max-batch 8 cannot be"):
+    with pytest.raises(UserError, match=r"its batch is fixed at 4, so --max-batch 8 cannot be"):
         made(path, storage, max_batch=8)
     with pytest.raises(UserError, match="fixed at 1, so --max-batch 8"):
         made(mlp(tmp_path / "one.onnx", batch=1), storage, max_batch=8)
