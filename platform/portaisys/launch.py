@@ -27,7 +27,7 @@ from portaisys.data import Splits
 from portaisys.engine import available, backend
 from portaisys.registry import Registry, Version, open_registry
 from portaisys.spec import Spec, UserError
-from portaisys.stages import STAGES, Fit, Job, carry_out, threads
+from portaisys.stages import ARITHMETIC, STAGES, Fit, Job, carry_out, threads
 from portaisys.train import CHECKPOINT, Place, read_checkpoint
 
 _log = logging.getLogger(__name__)
@@ -241,7 +241,7 @@ def preflight(options: Spec, splits: Splits, looks: int) -> None:
     device(options)
     torch.manual_seed(options.seed)
     models.build(options.model, splits.shape, len(splits.labels), splits.mean, splits.std)
-    candidates = sum(stage.kind in ("export", "quantize") for stage in plan(options)) + ("bf16" in options.precisions)
+    candidates = sum(stage.kind in ("export", "quantize") for stage in plan(options)) + len({*ARITHMETIC} & {*options.precisions})
     if candidates > 1:
         gate.refuse_undecidable(len(splits.test), options.gate.max_accuracy_drop, options.gate.confidence, looks + candidates)
 

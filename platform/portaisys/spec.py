@@ -268,8 +268,8 @@ class Export(Section):
         return self
 
 
-Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
-BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {"onnxruntime": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8"), "tensorrt": ("fp32", "int8")}
+Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8"]
+BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {"onnxruntime": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8"), "tensorrt": ("fp32", "tf32", "int8")}
 
 
 class Engine(Section):

@@ -156,13 +156,16 @@ def quantized(job: Job, draft: Draft) -> None:
 # --- judging and packing ------------------------------------------------------------------------------------------
 
 
+ARITHMETIC = ("tf32", "bf16")
+
+
 def subjects(parents: Mapping[str, Artifact], backends: Mapping[str, str]) -> list[Subject]:
     """The candidates among the exported artifacts, plainest first; each must be faster than the fp32 one it would replace. `backends`: of each precision.
 
-    bf16 is the arithmetic of an engine, not another file: it is judged on the file that fp32 is.
+    bf16 and tf32 are the arithmetic of an engine, not another file: they are judged on the file that fp32 is.
     """
     smallest, fp32 = ("small", "small fp32") if "small" in parents else ("dense", DENSE)
-    table = [("dense", DENSE, "fp32", None), ("small", "small fp32", "fp32", DENSE), (smallest, "bf16", "bf16", fp32), ("int8", "int8", "int8", fp32)]
+    table = [("dense", DENSE, "fp32", None), ("small", "small fp32", "fp32", DENSE), *((smallest, name, name, fp32) for name in ARITHMETIC), ("int8", "int8", "int8", fp32)]
     return [Subject(name, precision, parents[role], rival, backends[precision]) for role, name, precision, rival in table if role in parents and precision in backends]
 
 
@@ -203,7 +206,7 @@ def judged(job: Job, draft: Draft) -> None:
     dense = restore(job.spec, job.splits, job.parents["reference"].path)
     size = models.count(dense, job.splits.shape) | {"size_bytes": job.parents["reference"].file(WEIGHTS).stat().st_size}
     # Counted before anyone looks: a run that dies in between has looked all the same.
-    looks = job.looks([subject.artifact.digest + ("" if subject.precision != "bf16" else " bf16") for subject in candidates])
+    looks = job.looks([subject.artifact.digest + (f" {subject.precision}" if subject.precision in ARITHMETIC else "") for subject in candidates])
     with threads(job.spec.engine.threads):
         judgement = judge(job.spec, candidates, models.predictor(dense), size, job.splits.test, looks=looks, tell=job.tell)
     save_answers(draft.path / "answers.npz", judgement, job.splits.test)

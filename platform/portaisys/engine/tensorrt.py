@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from portaisys.artifact import write_bytes
 from portaisys.engine import Arrays, CannotExecute, Options, Tensor, check_feeds
-from portaisys.engine.onnx_file import read_for
+from portaisys.engine.onnx_file import face_of, read_for, read_onnx
 from portaisys.spec import UserError
 
-PRECISIONS = ("fp32", "int8")
+PRECISIONS = ("fp32", "tf32", "int8")
 
 # What RTX builds for where there is no GPU to ask: Ada, which all of RTX's releases support.
 DEFAULT_TARGET = "SM89"
@@ -95,6 +95,7 @@ def build(onnx: Path, options: Options, out: Path) -> list[str]:
     _parse(trt.OnnxParser(network, logger), onnx)
     config = builder.create_builder_config()
     config.add_optimization_profile(_profile(builder, network, options, onnx))
+    _configure(trt, config, options)
     notes = _target(trt, config)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -112,15 +113,40 @@ def _parse(parser: Any, onnx: Path) -> None:
 
 
 def _profile(builder: Any, network: Any, options: Options, onnx: Path) -> Any:
-    """One wide profile: batch 1 to max, tuned for opt. More are worth it only where measured."""
+    """One wide profile: batch 1 to max, tuned for opt, and the sizes of other free dimensions. More are worth it only where measured."""
     profile = builder.create_optimization_profile()
+    named = face_of(read_onnx(onnx, external=False)).dims
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        batch, *rest = tuple(tensor.shape)
-        if batch != -1 or -1 in rest:
-            raise UserError(f"{onnx}: input {tensor.name} has shape {[batch, *rest]}; the batch (dimension 0), and only it, must be free")
-        profile.set_shape(tensor.name, (1, *rest), (options.opt_batch, *rest), (options.max_batch, *rest))
+        sizes = [_range(tensor.name, axis, size, options, onnx) for axis, size in enumerate(named[tensor.name])]
+        profile.set_shape(tensor.name, *(tuple(size[end] for size in sizes) for end in range(3)))
     return profile
+
+
+def _range(name: str, axis: int, size: int | str, options: Options, onnx: Path) -> tuple[int, int, int]:
+    """(least, usual, largest) of one dimension. Raises UserError when nothing says what a free one may be."""
+    if axis == 0 and isinstance(size, int) and not options.opt_batch == options.max_batch == size:
+        raise UserError(
+            f"{onnx}: input {name} has its batch fixed at {size}; build it for that batch (opt_batch and max_batch {size}), or export it with a free one"
+        )
+    if isinstance(size, int):
+        return size, size, size
+    if axis == 0:
+        return 1, options.opt_batch, options.max_batch
+    found = next(((least, usual, most) for dim, least, usual, most in options.dims if dim == size), None)
+    if found is None:
+        raise UserError(f"{onnx}: input {name} has the free dimension {size!r}; give its least, usual and largest size (--dim {size}=LEAST:USUAL:MOST)")
+    return found
+
+
+def _configure(trt: Any, config: Any, options: Options) -> None:
+    # TensorRT computes fp32 in tf32 unless it is told not to: here fp32 means fp32.
+    (config.set_flag if options.precision == "tf32" else config.clear_flag)(trt.BuilderFlag.TF32)
+    if options.sparse:
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
+    if options.workspace_mib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
+    config.builder_optimization_level = options.optimization_level
 
 
 def _target(trt: Any, config: Any) -> list[str]:
