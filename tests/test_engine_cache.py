@@ -203,7 +203,7 @@ def test_an_unknown_backend_is_refused(build):
 
 
 def test_a_precision_the_backend_lacks_is_refused(build):
-    with pytest.raises(UserError, match=r"engine\.precisions: 'fp8' is not one of fp32, int8, which backend 'tensorrt' has"):
+    with pytest.raises(UserError, match=r"engine\.precisions: 'fp8' is not one of fp32, tf32, int8, which backend 'tensorrt' has"):
         build(Options("fp8"), backend="tensorrt")
 
 
