@@ -269,7 +269,7 @@ class Export(Section):
 
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8"]
-BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {"onnxruntime": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8"), "tensorrt": ("fp32", "tf32", "int8")}
+BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {"onnxruntime": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8"), "tensorrt": ("fp32", "tf32", "fp16", "bf16", "int8")}
 
 
 class Engine(Section):

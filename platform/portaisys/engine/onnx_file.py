@@ -48,13 +48,19 @@ def read_onnx(path: Path, *, external: bool = True) -> Any:
     return model
 
 
-def read_for(path: Path, precision: str) -> Any:
-    """`read_onnx`, and its types are what `precision` ("fp32" or "int8") says: engines take them from the file, not from a flag."""
+_LOW = {10: "fp16", 16: "bf16"}  # TensorProto.FLOAT16 and BFLOAT16
+
+
+def read_for(path: Path, types: str) -> Any:
+    """`read_onnx`, and its types are `types` ("fp32", "fp16", "bf16" or "int8"): engines take them from the file, not from a flag."""
     model = read_onnx(path, external=False)
     quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
-    if quantized != (precision == "int8"):
+    low = next((_LOW[tensor.data_type] for tensor in model.graph.initializer if tensor.data_type in _LOW), "fp32")
+    if (types == "int8") != quantized:
         what = "is quantized" if quantized else "holds no QuantizeLinear, so an int8 engine of it would be fp32"
-        raise UserError(f"engine.precisions: {precision!r} was asked for, but {path} {what}; give the file of the right stage (quantize makes the int8 one)")
+        raise UserError(f"engine.precisions: {types!r} was asked for, but {path} {what}; give the file of the right stage (quantize makes the int8 one)")
+    if types != "int8" and types != low:
+        raise UserError(f"engine.precisions: {types!r} was asked for, but the weights in {path} are {low}; give the file of the right stage (cast makes the low ones)")
     return model
 
 

@@ -31,7 +31,7 @@ def version() -> str:
 def build(onnx: Path, options: Options, out: Path) -> list[str]:
     """Compile for this CPU and write the compiled form. Raises UserError when OpenVINO or this CPU refuses."""
     openvino = _library()
-    read_for(onnx, options.precision)
+    read_for(onnx, "int8" if options.precision == "int8" else "fp32")  # bf16 is a hint here
     core = openvino.Core()
     _refuse_without_bf16(core, options.precision)
     try:

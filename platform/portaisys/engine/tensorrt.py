@@ -21,7 +21,7 @@ from portaisys.engine import Arrays, CannotExecute, Options, Tensor, check_feeds
 from portaisys.engine.onnx_file import face_of, read_for, read_onnx
 from portaisys.spec import UserError
 
-PRECISIONS = ("fp32", "tf32", "int8")
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8")
 
 # What RTX builds for where there is no GPU to ask: Ada, which all of RTX's releases support.
 DEFAULT_TARGET = "SM89"
@@ -88,7 +88,7 @@ def _logger() -> Any:
 def build(onnx: Path, options: Options, out: Path) -> list[str]:
     """Write a serialized plan. Returns notes. Raises UserError with TensorRT's own messages when it refuses the graph."""
     trt, logger = _trt(), _logger()
-    read_for(onnx, options.precision)
+    read_for(onnx, "fp32" if options.precision == "tf32" else options.precision)
     logger.errors.clear()
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
