@@ -135,9 +135,22 @@ def test_rtx_builds_every_family_in_low_precision(transformer, tmp_path, family,
         gpu.build(tmp_path / "low.onnx", Options("fp32"), tmp_path / "plan")
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
 @pytest.mark.parametrize("family", ["cnn", "transformer"])
-def test_rtx_builds_int8_with_fp16_between(transformer, tmp_path, family):
-    quantize(transformer if family == "transformer" else cnn(tmp_path / "cnn.onnx"), tmp_path / "int8.onnx", rows(40), Quantize())
-    cast(tmp_path / "int8.onnx", tmp_path / "mixed.onnx", "fp16")
-    gpu.build(tmp_path / "mixed.onnx", Options("int8"), tmp_path / "plan")
-    assert (tmp_path / "plan").stat().st_size > 10_000
+def test_rtx_builds_every_family_in_eight_bits_with_fp32_and_with_fp16_between(transformer, tmp_path, family, precision):
+    source = transformer if family == "transformer" else cnn(tmp_path / "cnn.onnx")
+    quantize(source, tmp_path / "low.onnx", rows(40), Quantize(), precision)
+    cast(tmp_path / "low.onnx", tmp_path / "mixed.onnx", "fp16")
+    for name in ("low", "mixed"):
+        gpu.build(tmp_path / f"{name}.onnx", Options(precision), tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 10_000
+
+
+def test_a_graph_that_cannot_be_evaluated_is_said(tmp_path):
+    path = cnn(tmp_path / "cnn.onnx")
+    model = onnx.load(path)
+    model.graph.node[1].domain = "com.example"
+    model.opset_import.append(onnx.helper.make_opsetid("com.example", 1))
+    onnx.save(model, path)
+    with pytest.raises(UserError, match=r"cannot be evaluated to find what must stay in fp32"):
+        with_islands(path, tmp_path / "low.onnx", "fp16", {"x": rows(2)}, 0.01)

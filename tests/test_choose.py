@@ -65,9 +65,9 @@ def test_a_limit_that_none_keeps_and_a_machine_that_runs_nothing_are_said():
 def test_everything_that_runs_here_is_timed_and_what_does_not_says_why(tmp_path):
     fp32 = cnn(tmp_path / "cnn.onnx")
     quantize(fp32, tmp_path / "int8.onnx", rows(100), Quantize())
-    files = {"fp32": fp32, "int8": tmp_path / "int8.onnx"}
+    files = {(backend, precision): path for backend in engine.BACKENDS for precision, path in (("fp32", fp32), ("int8", tmp_path / "int8.onnx"))}
     table = measure(files, {"x": rows(20)}, Options(), tmp_path / "cache", batches=(1, 8), rounds=5)
-    assert {(one.backend, one.precision) for one in table} == {(backend, precision) for backend in engine.BACKENDS for precision in files}
+    assert {(one.backend, one.precision) for one in table} == files.keys()
     for one in table:
         assert one.ms or not one.because.startswith("unsound")
         assert (one.ms is None) == (one.backend not in engine.available()) and bool(one.because) == (one.ms is None)
@@ -77,7 +77,8 @@ def test_everything_that_runs_here_is_timed_and_what_does_not_says_why(tmp_path)
 
 
 def test_a_backend_that_cannot_build_this_file_is_left_out_with_its_reason(tmp_path):
-    table = measure({"fp32": cnn(tmp_path / "cnn.onnx"), "bf16": tmp_path / "none.onnx"}, {"x": rows(20)}, Options(), tmp_path / "cache", batches=(1,), rounds=5)
+    files = {("onnxruntime", "fp32"): cnn(tmp_path / "cnn.onnx"), ("onnxruntime", "bf16"): tmp_path / "none.onnx", ("openvino", "bf16"): tmp_path / "none.onnx"}
+    table = measure(files, {"x": rows(20)}, Options(), tmp_path / "cache", batches=(1,), rounds=5)
     reasons = {(one.backend, one.precision): one.because for one in table}
     assert reasons["onnxruntime", "bf16"] == "onnxruntime has no bf16" and "none.onnx: cannot be read" in reasons["openvino", "bf16"]
     assert reasons["onnxruntime", "fp32"] == ""
@@ -87,7 +88,8 @@ def test_a_backend_that_cannot_build_this_file_is_left_out_with_its_reason(tmp_p
     ("section", "says"),
     [
         ({"p99_limit_ms": 5}, r"engine\.p99_limit_ms: only a choice by throughput heeds it"),
-        ({"backend": "auto", "precisions": ["fp8"]}, r"engine\.precisions: 'fp8' is not one of"),
+        ({"backend": "auto", "precisions": ["int4"]}, r"engine\.precisions\.0: 'int4'"),
+        ({"backend": "auto", "precisions": ["fp8"]}, r"engine\.precisions: 'fp8' needs a quantize step"),
         ({"backend": "auto", "objective": "speed"}, r"engine\.objective: 'speed'"),
     ],
 )
@@ -97,5 +99,5 @@ def test_a_choice_that_cannot_be_meant_is_refused(section, says):
 
 
 def test_rows_fill_every_batch_size(tmp_path):
-    table = measure({"fp32": cnn(tmp_path / "cnn.onnx")}, {"x": rows(3)}, Options(), tmp_path / "cache", batches=(7,), rounds=5)
+    table = measure({(backend, "fp32"): cnn(tmp_path / "cnn.onnx") for backend in engine.BACKENDS}, {"x": rows(3)}, Options(), tmp_path / "cache", batches=(7,), rounds=5)
     assert np.isfinite([p50 for one in table if one.ms for p50, *_ in one.ms.values()]).all()

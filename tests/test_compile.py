@@ -12,7 +12,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import cnn, rows
 
 from portaisys import artifact, cli
+from portaisys import compile as compiling
 from portaisys.compile import Order, compile_onnx, name_of
+from portaisys.engine import Options, tensorrt
 from portaisys.engine.verify import AS_IS
 from portaisys.serve.model import Limits, open_engine, open_reference
 from portaisys.spec import Storage, UserError
@@ -228,7 +230,7 @@ def test_an_operator_that_no_backend_here_knows_is_named(tmp_path, storage):
         ({"x": np.full((40, 16), np.nan, np.float32)}, "x holds NaN"),
         ({"x": np.zeros((0, 16), np.float32)}, "the same number of rows, at least 1"),
         ({"x": np.ones((40, 16), np.float32)}, "every calibration value is the same"),
-        ({"x": rng.normal(size=(10, 16)).astype(np.float32)}, "10 rows; int8 takes at least 20"),
+        ({"x": rng.normal(size=(10, 16)).astype(np.float32)}, "10 rows; quantizing takes at least 20"),
         ({"x": np.array([object()])}, "not an .npz of plain arrays"),
     ],
 )
@@ -258,3 +260,21 @@ def test_the_verbs_say_what_they_made_and_refuse_in_one_line(tmp_path, storage, 
     assert cli.main(["compile", str(tmp_path / "none.onnx"), "--storage", storage.path]) == 2
     with pytest.raises(SystemExit):
         cli.main(["compile", str(path), "--dim", "seq=1:2"])
+
+
+def test_a_precision_that_the_named_backend_lacks_is_refused(tmp_path, storage):
+    with pytest.raises(UserError, match=r"--precision fp16: backend 'onnxruntime' has fp32, int8; take one of these"):
+        made(cnn(tmp_path / "cnn.onnx"), storage, precisions=("fp16",), backend="onnxruntime")
+
+
+def test_files_are_typed_where_types_are_what_the_backend_goes_by(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "available", lambda: {"tensorrt": "as if a GPU were here"})
+    source = cnn(tmp_path / "cnn.onnx")
+    order = compiling.Order(source, "cnn", precisions=("fp32", "fp16", "bf16", "int8", "fp8"))
+    with artifact.writing(tmp_path / "draft", kind="version", key="k", parents={}, spec={}) as draft:
+        files = compiling._files(draft, order, source, tmp_path, {"x": rows(40)}, {"x": rows(4)}, print)
+        assert any("kept in fp32" in note for note in draft.notes)
+    assert files["openvino", "bf16"] == files["onnxruntime", "fp32"] == source and files["openvino", "int8"].name == "int8.onnx"
+    for precision in order.precisions:
+        assert (files["tensorrt", precision] == source) is (precision == "fp32")
+        tensorrt.build(files["tensorrt", precision], Options(precision), tmp_path / "plan")

@@ -203,8 +203,8 @@ def test_an_unknown_backend_is_refused(build):
 
 
 def test_a_precision_the_backend_lacks_is_refused(build):
-    with pytest.raises(UserError, match=r"engine\.precisions: 'fp8' is not one of fp32, tf32, int8, which backend 'tensorrt' has"):
-        build(Options("fp8"), backend="tensorrt")
+    with pytest.raises(UserError, match=r"engine\.precisions: 'int4' is not one of fp32, tf32, fp16, bf16, int8, fp8, which backend 'tensorrt' has"):
+        build(Options("int4"), backend="tensorrt")
 
 
 def test_a_missing_library_leaves_no_entry(build, monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from test_report import CHROMIUM, measured, screenshot
@@ -316,6 +317,22 @@ def test_openvino_is_judged_and_published_with_bf16_where_the_cpu_has_it(tmp_pat
     outcome = launch.run(short(tmp_path, *changes), quiet)
     assert [(row["engine"], row["backend"]) for row in outcome.rows[1:]] == [(name, "openvino") for name in ("dense fp32", *["bf16"] * has_bf16, "int8")]
     assert "accuracy" in outcome.rows[2]["verdicts"] and open_registry(short(tmp_path).storage).looks(outcome.version.lineage["test"]) == 2 + has_bf16
+
+
+def test_every_precision_that_only_another_backend_has_is_built_there_and_not_judged(tmp_path):
+    changes = ["engine.also_build=[tensorrt]", "train.epochs=1", "compress=[{quantize: {}}]", "engine.precisions=[fp16, bf16, int8, fp8]", "gate.max_accuracy_drop=0.1"]
+    outcome = launch.run(short(tmp_path, *changes), quiet)
+    judged = [(row["engine"], row["backend"]) for row in outcome.rows if row["status"] == "executed"]
+    assert judged == [("dense torch", "torch"), ("dense fp32", "onnxruntime"), ("int8", "onnxruntime")]
+    built = {row["engine"]: row for row in outcome.rows if row["backend"] == "tensorrt"}
+    assert [*built] == ["dense fp32", "bf16", "fp16", "int8", "fp8"]
+    assert all("built but not run" in row["because"] and not row["admissible"] for row in built.values())
+    assert open_registry(short(tmp_path).storage).looks(outcome.version.lineage["test"]) == 2
+    # Between Q and DQ the int8 engine of TensorRT is fp16, since fp16 was asked for; what ONNX Runtime serves is not.
+    for stage, low in (("cast-int8", True), ("cast-fp8", True), ("cast-fp16", True), ("quantize", False)):
+        kinds = {tensor.data_type for tensor in onnx.load(outcome.artifacts[stage].file("model.onnx")).graph.initializer}
+        assert (onnx.TensorProto.FLOAT16 in kinds) is low, stage
+    assert outcome.artifacts["cast-fp16"].scores["islands"] == [] and outcome.artifacts["cast-fp16"].scores["error"] < 0.02
 
 
 def test_auto_serves_with_the_backend_it_chose_and_keeps_the_table(tmp_path):

@@ -9,10 +9,12 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from onnx_graphs import Graph, cnn, rows
 
 from portaisys.artifact import hash_file
 from portaisys.compress.quantize import make_plan, quantize
+from portaisys.engine.onnx_file import read_for
 from portaisys.spec import Quantize, UserError
 
 
@@ -154,3 +156,31 @@ def test_a_damaged_file_is_named(source, tmp_path):
     (tmp_path / "half.onnx").write_bytes(source.read_bytes()[:2000])
     with pytest.raises(UserError, match=r"half\.onnx: not an ONNX file, or a damaged one"):
         quantize(tmp_path / "half.onnx", tmp_path / "int8.onnx", rows(20), Quantize())
+
+
+def test_fp8_keeps_the_ranges_and_rounds_weights_once_to_eight_bits(tmp_path):
+    path = cnn(tmp_path / "cnn.onnx")
+    figures = quantize(path, tmp_path / "fp8.onnx", rows(100), Quantize(), "fp8")
+    assert figures["quantized_adds"] == 0 and figures["onnx_bytes_fp8"] < 0.35 * figures["onnx_bytes_fp32"]
+    model = onnx.load(tmp_path / "fp8.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    dequantized = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in tensors]
+    assert len(dequantized) == figures["quantized_nodes"]
+    for node in dequantized:
+        weight, scale = (numpy_helper.to_array(tensors[name]) for name in node.input[:2])
+        assert tensors[node.input[0]].data_type == onnx.TensorProto.FLOAT8E4M3FN and scale.shape == weight.shape[:1]
+        assert (np.abs(weight.astype(np.float32)).reshape(len(weight), -1).max(1) == 448).all()  # every channel uses the range
+    x = rows(8)
+    (right,), (found,) = (ReferenceEvaluator(str(tmp_path / name)).run(None, {"x": x}) for name in ("cnn.onnx", "fp8.onnx"))
+    assert 1e-3 < np.abs(found - right).max() / np.abs(right).max() < 0.1
+
+
+def test_an_fp8_file_and_an_int8_file_are_not_taken_for_each_other(tmp_path):
+    path = cnn(tmp_path / "cnn.onnx")
+    for precision in ("int8", "fp8"):
+        quantize(path, tmp_path / f"{precision}.onnx", rows(100), Quantize(), precision)
+    with pytest.raises(UserError, match=r"'int8' was asked for, but .*fp8\.onnx is quantized to fp8"):
+        read_for(tmp_path / "fp8.onnx", "int8")
+    with pytest.raises(UserError, match=r"'fp8' was asked for, but .*int8\.onnx is quantized to int8"):
+        read_for(tmp_path / "int8.onnx", "fp8")

@@ -22,7 +22,7 @@ REFUSED = [
     ({"data": {"task": "regression"}}, "data.task: 'regression': not supported yet; the only task is 'classification'"),
     ({"data": {"source": "npz"}}, "data.path: field required"),
     ({"data": {"source": "imagenet"}}, "'digits', 'fashion_mnist', 'npz', 'factory'"),
-    ({"engine": {"precisions": ["fp16"]}}, "engine.precisions: 'fp16' is not one of fp32, int8, which backend 'onnxruntime' has"),
+    ({"engine": {"precisions": ["fp16"]}}, "engine.precisions: 'fp16' is not one of fp32, int8, which onnxruntime has"),
     ({"engine": {"precisions": ["int8"]}}, "engine.precisions: 'int8' needs a quantize step"),
     ({"train": {"batch_size": 7, "num_workers": 2}}, "batch_size 7 is not a multiple of num_workers x accumulate_steps = 2; take 6 or 8"),
     ({"compress": [{"quantize": {}}, {"prune": {}}]}, "must be the last step"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -19,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from portaisys import artifact, evaluate, gate
+from portaisys.compress.cast import with_islands
 from portaisys.compress.quantize import quantize
-from portaisys.engine import BACKENDS, Arrays, Engine, Options, choose, verify
+from portaisys.engine import BACKENDS, TYPED, Arrays, Engine, Options, available, choose, verify
 from portaisys.engine.cache import get_or_build, load
 from portaisys.engine.choose import Timed
 from portaisys.engine.onnx_file import Face, face_of, read_onnx
@@ -28,10 +30,12 @@ from portaisys.engine.onnxruntime import reference
 from portaisys.engine.verify import AS_IS
 from portaisys.registry import Version, open_registry
 from portaisys.serve.model import Limits, open_engine
-from portaisys.spec import Quantize, Storage, UserError, digest
+from portaisys.spec import BACKEND_PRECISIONS, Quantize, Storage, UserError, digest
 
 ROWS = 32  # made up where no rows are given
-LEAST_ROWS = 20  # int8: one half calibrates, the other judges
+QUANTIZED = ("int8", "fp8")
+CAST_ROWS = 4  # to find fp32 islands with
+LEAST_ROWS = 20  # to quantize: one half calibrates, the other judges
 ROUNDS = 50
 
 
@@ -122,18 +126,25 @@ def name_of(path: Path) -> str:
 def _settled(order: Order, face: Face) -> Order:
     """The order with the batch sizes this file allows. Raises UserError when it asks for what cannot be."""
     fixed = face.batch
+    _refuse_unknown(order)
     if fixed and order.max_batch not in (None, fixed):
         raise UserError(f"{order.onnx}: its batch is fixed at {fixed}, so --max-batch {order.max_batch} cannot be; export it with a free batch (dynamic_shapes or dynamic_axes)")
     most = order.max_batch or fixed or 32
     if face.quantized and order.precisions not in (("fp32",), ("int8",)):
         raise UserError(f"{order.onnx}: is quantized already, so --precision {', '.join(order.precisions)} cannot be made of it; give the fp32 file")
-    if "int8" in order.precisions and not face.quantized and order.calibration is None:
-        raise UserError("--precision int8: needs --calibration data.npz with real rows for every input; scales are never made up")
+    if (low := {*QUANTIZED} & {*order.precisions}) and not face.quantized and order.calibration is None:
+        raise UserError(f"--precision {min(low)}: needs --calibration data.npz with real rows for every input; scales are never made up")
     unknown = sorted({name for name, *_ in order.dims} - face.free_dims)
     if unknown:
         raise UserError(f"--dim {unknown[0]}: {order.onnx} has no such free dimension; it has {', '.join(sorted(face.free_dims)) or 'none beside the batch'}")
     precisions = ("int8",) if face.quantized else tuple(dict.fromkeys(("fp32", *order.precisions)))
     return replace(order, max_batch=most, opt_batch=min(order.opt_batch, most) if not fixed else most, precisions=precisions)
+
+
+def _refuse_unknown(order: Order) -> None:
+    for precision in order.precisions:
+        if order.backend != "auto" and precision not in BACKEND_PRECISIONS[order.backend]:
+            raise UserError(f"--precision {precision}: backend {order.backend!r} has {', '.join(BACKEND_PRECISIONS[order.backend])}; take one of these, or another --backend")
 
 
 def _batches(order: Order, face: Face) -> list[int]:
@@ -210,23 +221,25 @@ def _fill(
     draft: artifact.Draft, order: Order, face: Face, source: Path, samples: Mapping[str, NDArray[Any]], labels: NDArray[Any] | None, tell: Callable[[str], None]
 ) -> tuple[list[Timed], list[Judged]]:
     """The version's files. Half the rows calibrate, the other half judge; without int8 all judge."""
-    calibrates, judges = _halves(samples, "int8" in order.precisions and not face.quantized)
-    files = _files(draft, order, source, samples, calibrates, tell)
+    calibrates, judges = _halves(samples, bool({*QUANTIZED} & {*order.precisions}) and not face.quantized)
     held = {name: array[judges] for name, array in samples.items()} if face.batch is not None else dict(samples)
     right = reference(source, held, face.batch or 1 if face.batch is not None else AS_IS)
     options = Options(opt_batch=order.opt_batch, max_batch=order.max_batch or 1, dims=order.dims, threads=order.threads)
     cache, batches = order.storage.cache_dir / "engines", _batches(order, face)
-    names = tuple(BACKENDS) if order.backend == "auto" else (order.backend,)
-    table = choose.measure(
-        files, held, options, cache, batches=batches, rounds=ROUNDS, seed=order.seed, max_bytes=order.storage.max_cache_bytes, tell=tell, backends=names
-    )
-    _refuse_none(order, files, table, options, cache)
-    best = choose.pick_each(table, order.objective)
-    engines = {precision: _open(files[precision], line, options, cache) for precision, line in best.items()}
-    judged = _judge(order, engines, held, right, None if labels is None else labels[judges], batches[0])
+    with tempfile.TemporaryDirectory(dir=draft.path) as scratch:
+        few = choose.batch_of(held, batches[0] if face.batch != 0 else CAST_ROWS)
+        files = _files(draft, order, source, Path(scratch), {name: array[calibrates] for name, array in samples.items()}, few, tell)
+        table = choose.measure(files, held, options, cache, batches=batches, rounds=ROUNDS, seed=order.seed, max_bytes=order.storage.max_cache_bytes, tell=tell)
+        _refuse_none(order, source, table, options, cache)
+        best = choose.pick_each(table, order.objective)
+        engines = {precision: _open(files[line.backend, precision], line, options, cache) for precision, line in best.items()}
+        judged = _judge(order, engines, held, right, None if labels is None else labels[judges], batches[0])
+        for one in judged:
+            if one.admitted:
+                shutil.copyfile(files[one.backend, one.precision], draft.path / f"{one.precision}.onnx")
     _write(draft, order, face, engines, {one.precision: one for one in judged}, held, batches)
-    for precision in engines:
-        engines[precision].close()
+    for engine in engines.values():
+        engine.close()
     draft.scores.update(rows=[asdict(one) for one in judged], table=[asdict(line) for line in table])
     return table, judged
 
@@ -236,31 +249,46 @@ def _halves(samples: Mapping[str, NDArray[Any]], calibrated: bool) -> tuple[slic
     if not calibrated:
         return slice(0, 0), slice(None)
     if rows < LEAST_ROWS:
-        raise UserError(f"--calibration: {rows} rows; int8 takes at least {LEAST_ROWS}, since one half calibrates and the other judges")
+        raise UserError(f"--calibration: {rows} rows; quantizing takes at least {LEAST_ROWS}, since one half calibrates and the other judges")
     return slice(0, rows // 2), slice(rows // 2, None)
 
 
-def _files(draft: artifact.Draft, order: Order, source: Path, samples: Arrays, calibrates: slice, tell: Callable[[str], None]) -> dict[str, Path]:
-    """Precision -> its ONNX file, in the version's folder. bf16 and tf32 are arithmetic of an engine on the fp32 file."""
-    files = {}
-    for precision in order.precisions:
-        path = draft.path / f"{precision}.onnx"
-        if precision == "int8" and len(order.precisions) > 1:
-            tell("quantizing")
-            draft.notes.extend(quantize(source, path, {name: array[calibrates] for name, array in samples.items()}, Quantize())["notes"])
-        else:
-            shutil.copyfile(source, path)
-        files[precision] = path
-    return files
+def _files(
+    draft: artifact.Draft, order: Order, source: Path, folder: Path, calibration: Arrays, few: Arrays, tell: Callable[[str], None]
+) -> dict[tuple[str, str], Path]:
+    """(backend, precision) -> its ONNX file, made in `folder` where it is not the source. Where precision is a matter of types, only for what runs here."""
+    made = {precision: source for precision in order.precisions}
+    for precision in {*QUANTIZED} & {*order.precisions} if len(order.precisions) > 1 else ():
+        tell(f"quantizing to {precision}")
+        made[precision] = folder / f"{precision}.onnx"
+        draft.notes.extend(quantize(source, made[precision], calibration, Quantize(), precision)["notes"])
+    names = tuple(BACKENDS) if order.backend == "auto" else (order.backend,)
+    files = {(name, precision): path for name in names for precision, path in made.items()}
+    for name in (name for name in TYPED if name in names and name in available()):
+        for precision, path in made.items():
+            low = "fp16" if precision in QUANTIZED and "fp16" in made else precision
+            if low in ("fp16", "bf16"):
+                tell(f"casting {precision} to {low}")
+                files[name, precision] = folder / f"typed-{precision}.onnx"
+                draft.notes.extend(_cast(path, files[name, precision], low, few, verify.TOLERANCE[precision]))
+    return {key: path for key, path in files.items() if path.exists()}
 
 
-def _refuse_none(order: Order, files: Mapping[str, Path], table: Sequence[Timed], options: Options, cache: Path) -> None:
+def _cast(source: Path, out: Path, precision: str, few: Arrays, tolerance: float) -> tuple[str, ...]:
+    """Notes; where nothing of the kind can be made they say why, and there is no file."""
+    try:
+        return with_islands(source, out, precision, few, tolerance).notes
+    except UserError as error:
+        return (f"no {precision}: {error}",)
+
+
+def _refuse_none(order: Order, source: Path, table: Sequence[Timed], options: Options, cache: Path) -> None:
     """Where a named backend cannot run the plainest file, say which of the others can."""
     plain = order.precisions[0]
     if any(line.ms for line in table if line.precision == plain):
         return
     why = "; ".join(f"{line.backend}: {line.because}" for line in table if line.precision == plain)
-    others = [name for name in BACKENDS if name != order.backend and order.backend != "auto" and _builds(name, files[plain], replace(options, precision=plain), cache)]
+    others = [name for name in BACKENDS if name != order.backend and order.backend != "auto" and _builds(name, source, replace(options, precision=plain), cache)]
     raise UserError(f"{order.onnx}: {why}" + (f"; it can be built for {', '.join(others)} (--backend)" if others else "; no backend here can run it"))
 
 
@@ -326,11 +354,8 @@ def _agreement(right: Arrays, answers: Arrays) -> float | None:
 def _write(
     draft: artifact.Draft, order: Order, face: Face, engines: Mapping[str, Engine], judged: Mapping[str, Judged], held: Arrays, batches: Sequence[int]
 ) -> None:
-    """golden.npz, calibration.npz and version.json, as serving reads them; files of what was not admitted go."""
+    """golden.npz and version.json, as serving reads them."""
     admitted = [precision for precision, one in judged.items() if one.admitted]
-    for precision in order.precisions:
-        if precision not in admitted:
-            (draft.path / f"{precision}.onnx").unlink()
     answers: dict[str, NDArray[Any]] = {}
     for precision in admitted:
         answers |= {f"{name}_{precision}": array for name, array in verify.answers(engines[precision], held, batches[0]).items()}
@@ -370,9 +395,9 @@ def benchmark(
         sizes = batches or sorted({least, about["opt_batch"], most})
         if odd := [size for size in sizes if not least <= size <= most]:
             raise UserError(f"--batches {odd[0]}: {opened.version} was verified from {least} to {most}")
-    files = dict(opened.files)
-    if "fp32" in files:
-        files["bf16"] = files["fp32"]  # another arithmetic on the same file, where a CPU has it
+    files = {(name, precision): path for name in BACKENDS for precision, path in opened.files.items()}
+    if "fp32" in opened.files:
+        files |= {(name, "bf16"): opened.files["fp32"] for name in BACKENDS if name not in TYPED}  # another arithmetic on the same file, where a CPU has it
     options = Options(opt_batch=about["opt_batch"], max_batch=most, dims=tuple(tuple(dim) for dim in about.get("dims", ())), threads=threads)
     table = choose.measure(files, opened.golden, options, storage.cache_dir / "engines", batches=sizes, rounds=rounds, max_bytes=storage.max_cache_bytes, tell=tell)
     return opened.version, table

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from portaisys import evaluate, gate
 from portaisys.artifact import Artifact
 from portaisys.data import Split
-from portaisys.engine import CannotExecute, Engine, Options, verify
+from portaisys.engine import TYPED, CannotExecute, Engine, Options, verify
 from portaisys.engine.cache import Built, get_or_build, load
 from portaisys.gate import Decision
 from portaisys.spec import Spec, UserError
@@ -30,13 +30,22 @@ DENSE = "dense fp32"
 
 @dataclass(frozen=True)
 class Subject:
-    """What is judged: an exported model at a precision on a backend. `rival`: the row it must be faster than, or None."""
+    """What is judged: an exported model at a precision on a backend. `rival`: the row it must be faster than, or None.
+
+    `typed`: the model in the types of the precision, for backends that take it from them.
+    """
 
     name: str
     precision: str
     artifact: Artifact
     rival: str | None
     backend: str
+    typed: Artifact | None = None
+
+    @property
+    def file(self) -> Path:
+        """The ONNX file that this backend builds from."""
+        return (self.typed if self.typed and self.backend in TYPED else self.artifact).file("model.onnx")
 
 
 @dataclass(frozen=True)
@@ -76,9 +85,9 @@ class Judgement:
 
 def judge(
     spec: Spec, subjects: Sequence[Subject], dense: Callable[[Logits], Logits], size: Mapping[str, int], test: Split, *, looks: int,
-    tell: Callable[[str], None] = lambda text: None,
+    also: Sequence[Subject] = (), tell: Callable[[str], None] = lambda text: None,
 ) -> Judgement:  # fmt: skip
-    """Judge `subjects` (dense fp32 first) against the dense torch model `dense`, a function of rows.
+    """Judge `subjects` (dense fp32 first) against the dense torch model `dense`, a function of rows; `also` are built and not judged.
 
     `size`: its parameters, macs and size_bytes. `looks`: how many candidates have looked at this test split, these included.
     Raises UserError when the dense engine itself is wrong.
@@ -101,22 +110,22 @@ def judge(
     for subject in subjects:
         row = _scored(rows[subject.name], logits, ms, test)
         judged[subject.name] = _sound(_decided(spec, subject, row, judged, logits, ms, test, looks), unsound[subject.name])
-    built = _also_built(spec, subjects, options, tell)
+    built = [_also_built(spec, subject, options, tell) for subject in also]
     return Judgement((*judged.values(), *built), _admitted(judged), {name: answer.argmax(1) for name, answer in logits.items()})
 
 
 def _engines(spec: Spec, subjects: Sequence[Subject], options: Options, tell: Callable[[str], None]) -> tuple[dict[str, Engine], dict[str, Row]]:
     engines, rows = {}, {}
     for subject in subjects:
-        built = _build(spec, subject, subject.backend, options, tell)
+        built = _build(spec, subject, options, tell)
         engines[subject.name] = load(built, replace(options, precision=subject.precision))
         rows[subject.name] = _row(subject, built, "executed")
     return engines, rows
 
 
-def _build(spec: Spec, subject: Subject, backend: str, options: Options, tell: Callable[[str], None]) -> Built:
-    tell(f"building {subject.name} with {backend}")
-    return get_or_build(subject.artifact.file("model.onnx"), backend, replace(options, precision=subject.precision), spec.storage.cache_dir / "engines", spec.storage.max_cache_bytes)
+def _build(spec: Spec, subject: Subject, options: Options, tell: Callable[[str], None]) -> Built:
+    tell(f"building {subject.name} with {subject.backend}")
+    return get_or_build(subject.file, subject.backend, replace(options, precision=subject.precision), spec.storage.cache_dir / "engines", spec.storage.max_cache_bytes)
 
 
 def _row(subject: Subject, built: Built, status: str) -> Row:
@@ -196,19 +205,15 @@ def _admitted(judged: Mapping[str, Row]) -> tuple[str, ...]:
     return tuple(order)
 
 
-def _also_built(spec: Spec, subjects: Sequence[Subject], options: Options, tell: Callable[[str], None]) -> list[Row]:
-    """Engines of the backends that are built only; run, unjudged, where the device is there."""
-    rows = []
-    for backend in spec.engine.also_build:
-        for subject in subjects:
-            built = _build(spec, subject, backend, options, tell)
-            try:
-                load(built, replace(options, precision=subject.precision)).close()
-                status, because = "executed", "loaded and closed; not judged: engine.backend is another"
-            except CannotExecute as reason:
-                status, because = "built", str(reason)
-            rows.append(replace(_row(subject, built, status), because=because))
-    return rows
+def _also_built(spec: Spec, subject: Subject, options: Options, tell: Callable[[str], None]) -> Row:
+    """An engine of a backend that is built only; loaded, unjudged, where the device is there."""
+    built = _build(spec, subject, options, tell)
+    try:
+        load(built, replace(options, precision=subject.precision)).close()
+        status, because = "executed", "loaded and closed; not judged: engine.backend is another"
+    except CannotExecute as reason:
+        status, because = "built", str(reason)
+    return replace(_row(subject, built, status), because=because)
 
 
 def save_answers(path: Path, judgement: Judgement, test: Split) -> None:

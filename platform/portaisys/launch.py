@@ -24,10 +24,10 @@ import yaml
 from portaisys import artifact, cluster, data, gate, metrics, models, report, spec, store
 from portaisys.artifact import Artifact
 from portaisys.data import Splits
-from portaisys.engine import available, backend
+from portaisys.engine import TYPED, available, backend
 from portaisys.registry import Registry, Version, open_registry
 from portaisys.spec import Spec, UserError
-from portaisys.stages import ARITHMETIC, STAGES, Fit, Job, carry_out, threads
+from portaisys.stages import STAGES, Fit, Job, carry_out, threads
 from portaisys.train import CHECKPOINT, Place, read_checkpoint
 
 _log = logging.getLogger(__name__)
@@ -77,9 +77,14 @@ def plan(options: Spec) -> list[Stage]:
         stages.append(Stage(small, step.kind, parents, sections, step.options.model_dump()))
     exported = {"dense": "export-dense"} | ({"small": "export-small"} if small != "train" else {})
     stages += [Stage(name, "export", {"model": small if role == "small" else "train"}, ("seed", "export", "model")) for role, name in exported.items()]
-    if options.quantize and "int8" in options.precisions:
-        stages.append(Stage("quantize", "quantize", {"model": list(exported.values())[-1]}, (), options.quantize.model_dump()))
-        exported["int8"] = "quantize"
+    smallest = list(exported.values())[-1]
+    for precision, kind in QUANTIZES.items():
+        if options.quantize and precision in options.precisions:
+            stages.append(Stage(kind, kind, {"model": smallest}, (), options.quantize.model_dump()))
+            exported[precision] = kind
+    for name, (source, low) in _casts(options).items():
+        stages.append(Stage(f"cast-{name}", "cast", {"model": exported.get(source, smallest)}, (), {"precision": low, "judged_as": name}))
+        exported[f"typed-{name}"] = f"cast-{name}"
     chosen = {}
     if options.engine.backend == "auto":
         stages.append(Stage("choose", "choose", dict(exported), ("seed", "engine", "export"), available()))
@@ -88,6 +93,19 @@ def plan(options: Spec) -> list[Stage]:
     stages.append(Stage("judge", "judge", {"reference": "train"} | exported | chosen, ("seed", "engine", "gate", "export"), device))
     stages.append(Stage("version", "version", {"judge": "judge", "reference": "train"} | exported | chosen, ("name", "engine", "gate", "export")))
     return stages
+
+
+QUANTIZES = {"int8": "quantize", "fp8": "quantize-fp8"}
+
+
+def _casts(options: Spec) -> dict[str, tuple[str, str]]:
+    """Precision -> (what is cast, to which type), where a backend takes precision from the file: what is left between Q and DQ is fp16 where fp16 is asked for."""
+    asked = options.precisions
+    runs_here = {name for name in TYPED if options.engine.backend == "auto" and name in available()}
+    if not {options.engine.backend, *options.engine.also_build, *runs_here} & {*TYPED}:
+        return {}
+    mixed = {name: (name, "fp16") for name in QUANTIZES if options.quantize and {name, "fp16"} <= {*asked}}
+    return {name: ("", name) for name in ("bf16", "fp16") if name in asked} | mixed
 
 
 def run(options: Spec, tell: Tell, *, promote: bool = True, resume: bool = False) -> Outcome:
@@ -241,7 +259,8 @@ def preflight(options: Spec, splits: Splits, looks: int) -> None:
     device(options)
     torch.manual_seed(options.seed)
     models.build(options.model, splits.shape, len(splits.labels), splits.mean, splits.std)
-    candidates = sum(stage.kind in ("export", "quantize") for stage in plan(options)) + len({*ARITHMETIC} & {*options.precisions})
+    low = {name for name in options.precisions if options.engine.backend == "auto" or name in spec.BACKEND_PRECISIONS[options.engine.backend]} - {"fp32"}
+    candidates = sum(stage.kind == "export" for stage in plan(options)) + len(low)
     if candidates > 1:
         gate.refuse_undecidable(len(splits.test), options.gate.max_accuracy_drop, options.gate.confidence, looks + candidates)
 

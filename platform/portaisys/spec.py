@@ -269,11 +269,11 @@ class Export(Section):
 
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8"]
-BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {"onnxruntime": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8"), "tensorrt": ("fp32", "tf32", "fp16", "bf16", "int8")}
+BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {"onnxruntime": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8"), "tensorrt": ("fp32", "tf32", "fp16", "bf16", "int8", "fp8")}
 
 
 class Engine(Section):
-    """`backend` is measured, gated and served; `also_build` are built, and run where the device is there.
+    """`backend` is measured, gated and served; `also_build` are built, and run where the device is there, each in those of the `precisions` it has.
 
     `auto` times what this machine can run and takes the best by `objective`: the least latency at batch 1, or the most
     rows a second whose p99 is within `p99_limit_ms`.
@@ -288,15 +288,13 @@ class Engine(Section):
 
     @model_validator(mode="after")
     def _backend_has_precision(self) -> Engine:
-        known = {precision for precisions in BACKEND_PRECISIONS.values() for precision in precisions}
-        if self.backend == "auto" and (odd := sorted(set(self.precisions or ()) - known)):
-            raise ValueError(f".precisions: {odd[0]!r} is not one of {', '.join(sorted(known))}, which some backend has")
         if self.p99_limit_ms is not None and (self.backend, self.objective) != ("auto", "throughput"):
             raise ValueError(".p99_limit_ms: only a choice by throughput heeds it; set engine.backend=auto and engine.objective=throughput, or leave it out")
+        backends = [*BACKEND_PRECISIONS] if self.backend == "auto" else [self.backend, *self.also_build]
+        known = dict.fromkeys(precision for backend in backends for precision in BACKEND_PRECISIONS[backend])
         for precision in self.precisions or ():
-            for backend in {self.backend, *self.also_build} - {"auto"}:
-                if precision not in BACKEND_PRECISIONS[backend]:
-                    raise ValueError(f".precisions: {precision!r} is not one of {', '.join(BACKEND_PRECISIONS[backend])}, which backend {backend!r} has")
+            if precision not in known:
+                raise ValueError(f".precisions: {precision!r} is not one of {', '.join(known)}, which {' or '.join(backends)} has")
         return self
 
 
@@ -408,8 +406,9 @@ class Spec(Section):
             raise ValueError("compress: quantize works on the exported file, so it must be the last step, and stand once")
         if self.serve.max_batch and self.serve.max_batch > self.export.max_batch:
             raise ValueError(f"serve.max_batch: {self.serve.max_batch} exceeds export.max_batch {self.export.max_batch}, up to which engines are verified")
-        if self.engine.precisions and "int8" in self.engine.precisions and "quantize" not in kinds:
-            raise ValueError("engine.precisions: 'int8' needs a quantize step; add '- quantize: {}' to compress")
+        for precision in {"int8", "fp8"} & {*(self.engine.precisions or ())}:
+            if "quantize" not in kinds:
+                raise ValueError(f"engine.precisions: {precision!r} needs a quantize step; add '- quantize: {{}}' to compress")
         return self
 
     @property

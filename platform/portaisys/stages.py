@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from torch import nn
 
 from portaisys import data, evaluate, models, spec
 from portaisys.artifact import Artifact, Draft, write_arrays
+from portaisys.compress.cast import with_islands
 from portaisys.compress.distill import distillation
 from portaisys.compress.prune import prune
 from portaisys.compress.quantize import quantize
 from portaisys.data import Splits
-from portaisys.engine import Options, choose
+from portaisys.engine import BACKENDS, Options, choose, verify
 from portaisys.engine.cache import get_or_build, load
 from portaisys.export import INPUT, OUTPUT, export
 from portaisys.judge import DENSE, Subject, judge, save_answers
@@ -144,35 +146,57 @@ def exported(job: Job, draft: Draft) -> None:
     draft.scores.update(models.count(model, job.splits.shape))
 
 
-def quantized(job: Job, draft: Draft) -> None:
-    """quantize: model.onnx in int8, calibrated on the calibration split."""
+def quantized(job: Job, draft: Draft, precision: str = "int8") -> None:
+    """quantize, quantize-fp8: model.onnx in int8 or fp8, calibrated on the calibration split."""
     source = job.parents["model"].file("model.onnx")
-    figures = quantize(source, draft.path / "model.onnx", job.splits.calibration.x, spec.Quantize(**job.options))
+    figures = quantize(source, draft.path / "model.onnx", job.splits.calibration.x, spec.Quantize(**job.options), precision)
     draft.notes.extend(figures.pop("notes", []))
     draft.scores.update(figures)
     draft.scores.update({name: job.parents["model"].scores[name] for name in ("parameters", "macs")})
 
 
+CAST_ROWS = 4  # to find fp32 islands with, in an evaluator that is exact and slow
+
+
+def converted(job: Job, draft: Draft) -> None:
+    """cast: model.onnx whose types are fp16 or bf16 (between Q and DQ as they were), fp32 islands where the answers need them."""
+    precision, model = job.options["precision"], job.parents["model"]
+    bound = verify.TOLERANCE[job.options["judged_as"]]
+    made = with_islands(model.file("model.onnx"), draft.path / "model.onnx", precision, {INPUT: job.splits.calibration.x[:CAST_ROWS]}, bound)
+    draft.notes.extend(made.notes)
+    draft.scores.update(asdict(made), **{name: model.scores[name] for name in ("parameters", "macs")})
+
+
 # --- judging and packing ------------------------------------------------------------------------------------------
 
 
-ARITHMETIC = ("tf32", "bf16")
+# Rounding of the same weights: judged on the model that fp32 is, in other types where a backend wants them (roles "typed-...").
+ARITHMETIC = ("tf32", "bf16", "fp16")
 
 
 def subjects(parents: Mapping[str, Artifact], backends: Mapping[str, str]) -> list[Subject]:
-    """The candidates among the exported artifacts, plainest first; each must be faster than the fp32 one it would replace. `backends`: of each precision.
-
-    bf16 and tf32 are the arithmetic of an engine, not another file: they are judged on the file that fp32 is.
-    """
+    """The candidates among the exported artifacts, plainest first; each must be faster than the fp32 one it would replace. `backends`: of each precision."""
     smallest, fp32 = ("small", "small fp32") if "small" in parents else ("dense", DENSE)
-    table = [("dense", DENSE, "fp32", None), ("small", "small fp32", "fp32", DENSE), *((smallest, name, name, fp32) for name in ARITHMETIC), ("int8", "int8", "int8", fp32)]
-    return [Subject(name, precision, parents[role], rival, backends[precision]) for role, name, precision, rival in table if role in parents and precision in backends]
+    rounded = [(smallest, name, name, fp32) for name in ARITHMETIC]
+    table = [("dense", DENSE, "fp32", None), ("small", "small fp32", "fp32", DENSE), *rounded, ("int8", "int8", "int8", fp32), ("fp8", "fp8", "fp8", fp32)]
+    return [
+        Subject(name, precision, parents[role], rival, backends[precision], parents.get(f"typed-{precision}"))
+        for role, name, precision, rival in table
+        if role in parents and precision in backends
+    ]
+
+
+def _on(backend: str, precisions: Sequence[str]) -> dict[str, str]:
+    """`backends` of `subjects` for one backend: of these precisions those it has."""
+    return {precision: backend for precision in precisions if precision in spec.BACKEND_PRECISIONS[backend]}
 
 
 def chosen(job: Job, draft: Draft) -> None:
     """choose: choice.json, the fastest backend of each precision here; the table they were picked from as scores."""
     options, export = job.spec.engine, job.spec.export
-    files = {subject.precision: subject.artifact.file("model.onnx") for subject in subjects(job.parents, dict.fromkeys(("fp32", *job.spec.precisions), ""))}  # of two fp32 ones the small
+    asked = ("fp32", *job.spec.precisions)
+    # Of two fp32 ones the small.
+    files = {(name, subject.precision): subject.file for name in BACKENDS for subject in subjects(job.parents, dict.fromkeys(asked, name))}
     settings = Options(opt_batch=export.opt_batch, max_batch=export.max_batch, threads=options.threads)
     batches = sorted({1, export.opt_batch, export.max_batch})
     cache, most = job.spec.storage.cache_dir / "engines", job.spec.storage.max_cache_bytes
@@ -187,6 +211,7 @@ def chosen(job: Job, draft: Draft) -> None:
     (draft.path / "choice.json").write_text(json.dumps({"backends": backends}, sort_keys=True))
     draft.scores.update(table=[asdict(line) for line in table], backend=best.backend, precision=best.precision, because=because)
     draft.notes.append(f"{best.backend} {best.precision}: {because}")
+    draft.notes.extend(f"{precision}: no engine of it is sound on this machine, so it was not judged" for precision in asked if precision not in backends)
 
 
 CHOICE_ROUNDS = 50
@@ -197,18 +222,20 @@ def _backends(job: Job) -> dict[str, str]:
     if "choice" in job.parents:
         found: dict[str, str] = json.loads(job.parents["choice"].file("choice.json").read_text())["backends"]
         return found
-    return dict.fromkeys(("fp32", *job.spec.precisions), job.spec.engine.backend)
+    return _on(job.spec.engine.backend, ("fp32", *job.spec.precisions))
 
 
 def judged(job: Job, draft: Draft) -> None:
     """judge: answers.npz, and the table with its verdicts as scores."""
     candidates = subjects(job.parents, _backends(job))
+    asked = ("fp32", *job.spec.precisions)
+    also = [subject for name in job.spec.engine.also_build for subject in subjects(job.parents, _on(name, asked))]
     dense = restore(job.spec, job.splits, job.parents["reference"].path)
     size = models.count(dense, job.splits.shape) | {"size_bytes": job.parents["reference"].file(WEIGHTS).stat().st_size}
     # Counted before anyone looks: a run that dies in between has looked all the same.
     looks = job.looks([subject.artifact.digest + (f" {subject.precision}" if subject.precision in ARITHMETIC else "") for subject in candidates])
     with threads(job.spec.engine.threads):
-        judgement = judge(job.spec, candidates, models.predictor(dense), size, job.splits.test, looks=looks, tell=job.tell)
+        judgement = judge(job.spec, candidates, models.predictor(dense), size, job.splits.test, looks=looks, also=also, tell=job.tell)
     save_answers(draft.path / "answers.npz", judgement, job.splits.test)
     # In the digest, unlike the scores: another choice makes another version, the same choice at other milliseconds does not.
     (draft.path / "admitted.json").write_text(json.dumps(judgement.admitted))
@@ -237,7 +264,7 @@ def packed(job: Job, draft: Draft) -> None:
     rows, golden = job.splits.calibration.x, job.spec.export.golden_rows
     answers = {}
     for precision, subject in best.items():
-        shutil.copyfile(subject.artifact.file("model.onnx"), draft.path / f"{precision}.onnx")
+        shutil.copyfile(subject.file, draft.path / f"{precision}.onnx")
         answers[f"{OUTPUT}_{precision}"] = _answers(job.spec, subject, rows)
     write_arrays(draft.path / "golden.npz", {INPUT: rows[:golden]} | {name: logits[:golden] for name, logits in answers.items()})
     write_arrays(draft.path / "calibration.npz", {INPUT: rows, "y": job.splits.calibration.y, **answers})
@@ -254,8 +281,7 @@ def packed(job: Job, draft: Draft) -> None:
 
 def _answers(options: Spec, subject: Subject, rows: Any) -> Any:
     settings = Options(subject.precision, options.export.opt_batch, options.export.max_batch, threads=options.engine.threads)
-    path = subject.artifact.file("model.onnx")
-    engine = load(get_or_build(path, subject.backend, settings, options.storage.cache_dir / "engines", options.storage.max_cache_bytes), settings)
+    engine = load(get_or_build(subject.file, subject.backend, settings, options.storage.cache_dir / "engines", options.storage.max_cache_bytes), settings)
     answers = evaluate.predict_rows(lambda x: engine.run({INPUT: x})[OUTPUT], rows, options.export.max_batch)
     engine.close()
     return answers
@@ -267,6 +293,8 @@ STAGES: dict[str, Callable[[Job, Draft], None]] = {
     "distill": trained,
     "export": exported,
     "quantize": quantized,
+    "quantize-fp8": partial(quantized, precision="fp8"),
+    "cast": converted,
     "choose": chosen,
     "judge": judged,
     "version": packed,

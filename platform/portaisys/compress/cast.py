@@ -62,7 +62,7 @@ def with_islands(onnx_in: Path, onnx_out: Path, precision: str, feeds: Arrays, t
     Raises UserError when no set within MOST_TRIALS trials gives the answers.
     """
     model = _of_opset(read_onnx(onnx_in, external=False), precision)
-    right = ReferenceEvaluator(model).run(None, dict(feeds))
+    right = _answers(onnx_in, model, feeds)
     names = [node.name for node in _named(model).graph.node]
     trials = 0
 
@@ -82,6 +82,14 @@ def with_islands(onnx_in: Path, onnx_out: Path, precision: str, feeds: Arrays, t
         notes.append(f"{precision}: kept in fp32 because the answers were wrong without: {', '.join(islands)}")
     write_bytes(onnx_out, made.SerializeToString(deterministic=True))
     return Report(tuple(islands), error, trials, tuple(notes))
+
+
+def _answers(path: Path, model: Any, feeds: Arrays) -> list[NDArray[Any]]:
+    try:
+        found: list[NDArray[Any]] = ReferenceEvaluator(model).run(None, dict(feeds))
+    except Exception as error:  # it raises whatever its operators raise, and knows none of other domains
+        raise UserError(f"{path}: cannot be evaluated to find what must stay in fp32 ({type(error).__name__}: {str(error).splitlines()[0][:200]}); use fp32") from error
+    return found
 
 
 def _minimal(names: Sequence[str], kept: list[str], passes: Callable[[Sequence[str]], bool], check: bool = False) -> list[str]:

@@ -1,4 +1,4 @@
-"""INT8 post-training quantization of an exported file, ONNX to ONNX.
+"""INT8 and FP8 post-training quantization of an exported file, ONNX to ONNX.
 
 One file for all engines: signed, symmetric, Q/DQ, weights per channel, no quantized bias, which is what TensorRT takes;
 ONNX Runtime's build step turns the activations unsigned for x86. Knows the graph and the calibration rows; whether the
@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 import onnx.version_converter
 from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -43,8 +44,8 @@ class Plan:
     adds: int
 
 
-def quantize(onnx_in: Path, onnx_out: Path, calibration: NDArray[Any] | Arrays, options: Quantize) -> dict[str, Any]:
-    """Write `onnx_out`, the int8 version of `onnx_in`; the same input gives the same bytes. Returns figures and `notes`.
+def quantize(onnx_in: Path, onnx_out: Path, calibration: NDArray[Any] | Arrays, options: Quantize, precision: str = "int8") -> dict[str, Any]:
+    """Write `onnx_out`, the int8 or fp8 version of `onnx_in`; the same input gives the same bytes. Returns figures and `notes`.
 
     `calibration`: [rows, ...] of the graph's one input, or of every input by name. Raises UserError when it is empty, constant,
     not finite or of the wrong shape (scales are never made up), and when the graph has nothing to quantize.
@@ -53,16 +54,18 @@ def quantize(onnx_in: Path, onnx_out: Path, calibration: NDArray[Any] | Arrays, 
     feeds, batch = _feeds(model, calibration)
     with tempfile.TemporaryDirectory() as folder:
         plain, ready, raw = (Path(folder) / name for name in ("plain.onnx", "ready.onnx", "int8.onnx"))
-        plain.write_bytes(_of_opset_13(model).SerializeToString())  # a model given as such would be split into files
+        plain.write_bytes(_of_opset(model, 13 if precision == "int8" else 19).SerializeToString())  # a model given as such would be split into files
         # Folds BatchNorm and constants, infers shapes. The symbolic inference needs sympy and changed nothing here.
         quant_pre_process(plain, ready, skip_symbolic_shape=True)
         model = _named(ready)
-        plan = make_plan(model.graph, options.quantize_add)
+        # TensorRT's 8-bit floats are for products; sums stay what they are around them.
+        plan = make_plan(model.graph, options.quantize_add if precision == "int8" else False)
         if not plan.quantized:
             raise UserError("compress.quantize: nothing to quantize beside the head: no Conv, MatMul or Gemm with constant weights; remove this step")
-        _quantize(model, raw, _Rows(feeds, batch), plan, options)
-        write_bytes(onnx_out, onnx.load(raw).SerializeToString(deterministic=True))
-    return _figures(onnx_in, onnx_out, len(next(iter(feeds.values()))), plan)
+        _quantize(model, raw, _Rows(feeds, batch), plan, options, precision)
+        made = onnx.load(raw) if precision == "int8" else _to_fp8(onnx.load(raw))
+        write_bytes(onnx_out, made.SerializeToString(deterministic=True))
+    return _figures(onnx_in, onnx_out, len(next(iter(feeds.values()))), plan, precision)
 
 
 def _feeds(model: Any, calibration: NDArray[Any] | Arrays) -> tuple[dict[str, NDArray[Any]], int]:
@@ -93,10 +96,10 @@ def _check_rows(rows: NDArray[Any], dtype: str, shape: list[int]) -> None:
         raise UserError("compress.quantize: calibration rows hold NaN or infinity, which no scale can cover; clean the data")
 
 
-def _of_opset_13(model: Any) -> Any:
-    """The model, brought to the first opset that has a scale per channel where it is older."""
+def _of_opset(model: Any, least: int) -> Any:
+    """The model, brought to the first opset that has a scale per channel (13) or 8-bit floats (19) where it is older."""
     opset = max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    return model if opset >= 13 else onnx.version_converter.convert_version(model, 13)
+    return model if opset >= least else onnx.version_converter.convert_version(model, least)
 
 
 def _named(path: Path) -> Any:
@@ -162,23 +165,61 @@ class _Rows:
         return next(self._feeds, None)
 
 
-def _quantize(model: Any, out: Path, rows: _Rows, plan: Plan, options: Quantize) -> None:
+def _quantize(model: Any, out: Path, rows: _Rows, plan: Plan, options: Quantize, precision: str) -> None:
     types = sorted({node.op_type for node in model.graph.node if node.name in plan.quantized})
     with contextlib.redirect_stdout(io.StringIO()):  # the library prints its progress
         quantize_static(
-            model, out, rows, quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=options.reduce_range,
+            model, out, rows, quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=options.reduce_range and precision == "int8",
             weight_type=QuantType.QInt8, activation_type=QuantType.QInt8, calibrate_method=METHODS[options.calibration],
             op_types_to_quantize=types, nodes_to_quantize=list(plan.quantized),
             extra_options={
                 # No quantized bias (TensorRT refuses int32 DQ), nothing between a Conv and its ReLU (it would part them).
                 "ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False, "OpTypesToExcludeOutputQuantization": types,
+                "AddQDQPairToWeight": precision == "fp8",  # leaves the fp32 weights, to be rounded once
             },
         )  # fmt: skip
 
 
-def _figures(onnx_in: Path, onnx_out: Path, rows: int, plan: Plan) -> dict[str, Any]:
+FP8 = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
+MOST_FP8 = 448.0
+
+
+def _to_fp8(model: Any) -> Any:
+    """A Q/DQ file of int8 with fp32 weights, with 8-bit floats (E4M3; Micikevicius et al. 2022, arXiv:2209.05433) over the same ranges."""
+    graph = model.graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    done: set[str] = set()
+    for node in graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and not {*node.input[1:3]} <= done:
+            _scaled(tensors[node.input[1]], tensors[node.input[2]])
+            done |= {*node.input[1:3]}
+    weights = [node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[0] in tensors]
+    for node in weights:  # rounded here, once, so that the file holds 8 bits each
+        tensors[node.output[0]] = _rounded(node, tensors)
+        graph.node.remove(node)
+    read = {name for node in graph.node for name in node.input}
+    del graph.initializer[:]
+    graph.initializer.extend(tensor for name, tensor in tensors.items() if name in read)
+    return model
+
+
+def _scaled(scale: Any, zero: Any) -> None:
+    """The same range in 448 steps up and down instead of 127, and a zero point of the other type."""
+    values = numpy_helper.to_array(scale)
+    scale.CopyFrom(numpy_helper.from_array((values * (127 / MOST_FP8)).astype(values.dtype), scale.name))
+    zero.CopyFrom(numpy_helper.from_array(np.zeros(zero.dims, FP8), zero.name))
+
+
+def _rounded(node: Any, tensors: Mapping[str, Any]) -> Any:
+    weight, scale = (numpy_helper.to_array(tensors[name]) for name in node.input[:2])
+    axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+    shape = [-1 if index == axis % weight.ndim else 1 for index in range(weight.ndim)] if scale.size > 1 else []
+    return numpy_helper.from_array(np.clip(weight / scale.reshape(shape), -MOST_FP8, MOST_FP8).astype(FP8), node.output[0])
+
+
+def _figures(onnx_in: Path, onnx_out: Path, rows: int, plan: Plan, precision: str) -> dict[str, Any]:
     return {
         "quantized_nodes": len(plan.quantized), "quantized_adds": plan.adds, "calibration_rows": rows,
-        "onnx_bytes_fp32": onnx_in.stat().st_size, "onnx_bytes_int8": onnx_out.stat().st_size,
+        "onnx_bytes_fp32": onnx_in.stat().st_size, f"onnx_bytes_{precision}": onnx_out.stat().st_size,
         "notes": [f"kept in fp32: {', '.join(plan.kept)} (the head)"],
     }  # fmt: skip

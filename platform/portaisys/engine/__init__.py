@@ -95,6 +95,10 @@ BACKENDS = {
 }
 
 
+# They take precision from the types in the file; the others from their options, on the fp32 file or the quantized one.
+TYPED = ("tensorrt",)
+
+
 def backend(name: str) -> Any:
     """The module of a backend, imported on first use. Raises UserError for an unknown one."""
     if name not in BACKENDS:
@@ -129,4 +133,4 @@ def check_feeds(inputs: Sequence[Tensor], feeds: Arrays) -> int:
     return int(rows.pop())
 
 
-__all__ = ["BACKENDS", "RUN_ONLY", "Arrays", "CannotExecute", "Engine", "Options", "Status", "Tensor", "available", "backend", "check_feeds", "np"]
+__all__ = ["BACKENDS", "RUN_ONLY", "TYPED", "Arrays", "CannotExecute", "Engine", "Options", "Status", "Tensor", "available", "backend", "check_feeds", "np"]

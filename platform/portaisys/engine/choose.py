@@ -6,7 +6,6 @@ precision. An int8 engine counts only against what it would replace: it wins by 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from portaisys import evaluate
-from portaisys.engine import BACKENDS, Arrays, Engine, Options, backend, verify
+from portaisys.engine import Arrays, Engine, Options, backend, verify
 from portaisys.engine.cache import get_or_build, load
 from portaisys.engine.verify import AS_IS
 from portaisys.spec import UserError
@@ -33,16 +32,16 @@ class Timed:
 
 
 def measure(
-    files: Mapping[str, Path], feeds: Arrays, options: Options, cache_dir: Path, *, batches: Sequence[int], rounds: int, seed: int = 0,
-    max_bytes: int | None = None, tell: Callable[[str], None] = lambda text: None, backends: Sequence[str] = tuple(BACKENDS),
+    files: Mapping[tuple[str, str], Path], feeds: Arrays, options: Options, cache_dir: Path, *, batches: Sequence[int], rounds: int, seed: int = 0,
+    max_bytes: int | None = None, tell: Callable[[str], None] = lambda text: None,
 ) -> list[Timed]:  # fmt: skip
-    """Build, verify and time every backend and precision that runs here, all interleaved at each batch size.
+    """Build, verify and time every candidate that runs here, all interleaved at each batch size.
 
-    `files`: precision -> ONNX file; `feeds`: rows of every input, repeated where a batch needs more of them; batch AS_IS takes them as they are.
+    `files`: (backend, precision) -> ONNX file; `feeds`: rows of every input, repeated where a batch needs more of them; batch AS_IS takes them as they are.
     """
     engines: dict[tuple[str, str], Engine] = {}
     refused: list[Timed] = []
-    for name, (precision, file) in itertools.product(backends, files.items()):
+    for (name, precision), file in files.items():
         tell(f"building {precision} with {name}")
         found = _open(name, file, replace(options, precision=precision), cache_dir, max_bytes)
         if not isinstance(found, str) and (problem := verify.problem(found, _first(feeds, batches), batches=batches, seed=seed)):

@@ -49,19 +49,27 @@ def read_onnx(path: Path, *, external: bool = True) -> Any:
 
 
 _LOW = {10: "fp16", 16: "bf16"}  # TensorProto.FLOAT16 and BFLOAT16
+_FP8 = {17, 18, 19, 20}  # FLOAT8E4M3FN, E4M3FNUZ, E5M2, E5M2FNUZ
 
 
 def read_for(path: Path, types: str) -> Any:
-    """`read_onnx`, and its types are `types` ("fp32", "fp16", "bf16" or "int8"): engines take them from the file, not from a flag."""
+    """`read_onnx`, and its types are `types` ("fp32", "fp16", "bf16", "int8" or "fp8"): engines take them from the file, not from a flag."""
     model = read_onnx(path, external=False)
-    quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    quantized = _quantized_to(model)
     low = next((_LOW[tensor.data_type] for tensor in model.graph.initializer if tensor.data_type in _LOW), "fp32")
-    if (types == "int8") != quantized:
-        what = "is quantized" if quantized else "holds no QuantizeLinear, so an int8 engine of it would be fp32"
+    if quantized != (types if types in ("int8", "fp8") else ""):
+        what = f"is quantized to {quantized}" if quantized else f"holds no QuantizeLinear, so an {types} engine of it would be fp32"
         raise UserError(f"engine.precisions: {types!r} was asked for, but {path} {what}; give the file of the right stage (quantize makes the int8 one)")
-    if types != "int8" and types != low:
+    if not quantized and types != low:
         raise UserError(f"engine.precisions: {types!r} was asked for, but the weights in {path} are {low}; give the file of the right stage (cast makes the low ones)")
     return model
+
+
+def _quantized_to(model: Any) -> str:
+    """"int8", "fp8", or nothing."""
+    if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+        return ""
+    return "fp8" if any(tensor.data_type in _FP8 for tensor in model.graph.initializer) else "int8"
 
 
 def _check_opset(path: Path, model: Any) -> None:

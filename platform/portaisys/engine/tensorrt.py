@@ -21,7 +21,7 @@ from portaisys.engine import Arrays, CannotExecute, Options, Tensor, check_feeds
 from portaisys.engine.onnx_file import face_of, read_for, read_onnx
 from portaisys.spec import UserError
 
-PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8")
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8", "fp8")
 
 # What RTX builds for where there is no GPU to ask: Ada, which all of RTX's releases support.
 DEFAULT_TARGET = "SM89"
