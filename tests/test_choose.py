@@ -9,6 +9,7 @@ from onnx_graphs import cnn, rows
 from portaisys import engine
 from portaisys.compress.quantize import quantize
 from portaisys.engine import Options
+from portaisys.engine.cache import Cache
 from portaisys.engine.choose import Timed, measure, pick, pick_each
 from portaisys.spec import Quantize, SpecError, UserError, parse
 
@@ -66,19 +67,19 @@ def test_everything_that_runs_here_is_timed_and_what_does_not_says_why(tmp_path)
     fp32 = cnn(tmp_path / "cnn.onnx")
     quantize(fp32, tmp_path / "int8.onnx", rows(100), Quantize())
     files = {(backend, precision): path for backend in engine.BACKENDS for precision, path in (("fp32", fp32), ("int8", tmp_path / "int8.onnx"))}
-    table = measure(files, {"x": rows(20)}, Options(), tmp_path / "cache", batches=(1, 8), rounds=5)
+    table = measure(files, {"x": rows(20)}, Options(), Cache(tmp_path / "cache"), batches=(1, 8), rounds=5)
     assert {(one.backend, one.precision) for one in table} == files.keys()
     for one in table:
         assert one.ms or not one.because.startswith("unsound")
         assert (one.ms is None) == (one.backend not in engine.available()) and bool(one.because) == (one.ms is None)
         assert one.ms is None or (set(one.ms) == {1, 8} and all(0 < p50 <= p90 <= p99 for p50, p90, p99 in one.ms.values()))
-    again = measure(files, {"x": rows(20)}, Options(), tmp_path / "cache", batches=(1,), rounds=5)
+    again = measure(files, {"x": rows(20)}, Options(), Cache(tmp_path / "cache"), batches=(1,), rounds=5)
     assert len(again) == len(table)
 
 
 def test_a_backend_that_cannot_build_this_file_is_left_out_with_its_reason(tmp_path):
     files = {("onnxruntime", "fp32"): cnn(tmp_path / "cnn.onnx"), ("onnxruntime", "bf16"): tmp_path / "none.onnx", ("openvino", "bf16"): tmp_path / "none.onnx"}
-    table = measure(files, {"x": rows(20)}, Options(), tmp_path / "cache", batches=(1,), rounds=5)
+    table = measure(files, {"x": rows(20)}, Options(), Cache(tmp_path / "cache"), batches=(1,), rounds=5)
     reasons = {(one.backend, one.precision): one.because for one in table}
     assert reasons["onnxruntime", "bf16"] == "onnxruntime has no bf16" and "none.onnx: cannot be read" in reasons["openvino", "bf16"]
     assert reasons["onnxruntime", "fp32"] == ""
@@ -99,5 +100,5 @@ def test_a_choice_that_cannot_be_meant_is_refused(section, says):
 
 
 def test_rows_fill_every_batch_size(tmp_path):
-    table = measure({(backend, "fp32"): cnn(tmp_path / "cnn.onnx") for backend in engine.BACKENDS}, {"x": rows(3)}, Options(), tmp_path / "cache", batches=(7,), rounds=5)
+    table = measure({(backend, "fp32"): cnn(tmp_path / "cnn.onnx") for backend in engine.BACKENDS}, {"x": rows(3)}, Options(), Cache(tmp_path / "cache"), batches=(7,), rounds=5)
     assert np.isfinite([p50 for one in table if one.ms for p50, *_ in one.ms.values()]).all()

@@ -35,7 +35,7 @@ APP = Path(__file__).parents[1] / "serve_apps" / "digits.yaml"
 
 
 def opened(version: artifact.Artifact, cache_dir: Path, **limits: Any) -> ServedModel:
-    return open_version(version.path, "1", cache_dir, Limits(**limits))
+    return open_version(version.path, "1", cache.Cache(cache_dir), Limits(**limits))
 
 
 def test_the_best_admitted_precision_is_served(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 def offline_answers(version: artifact.Artifact, cache_dir: Path, precision: str, x: np.ndarray) -> np.ndarray:
     options = Options(precision, opt_batch=4, max_batch=8)
-    engine = cache.load(cache.get_or_build(version.file(f"{precision}.onnx"), "onnxruntime", options, cache_dir), options)
+    engine = cache.load(cache.get_or_build(version.file(f"{precision}.onnx"), "onnxruntime", options, cache.Cache(cache_dir)), options)
     logits = np.concatenate([engine.run({"x": row[None]})["logits"] for row in x])
     engine.close()
     return logits

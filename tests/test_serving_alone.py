@@ -51,7 +51,7 @@ def make_version(folder: Path, cache_dir: Path, *, spoil: str = "", tolerance: f
         for precision in about["precisions"]:
             make_onnx(draft.path / f"{precision}.onnx", weights, precision)
             options = Options(precision, opt_batch=4, max_batch=8)
-            engine = cache.load(cache.get_or_build(draft.path / f"{precision}.onnx", "onnxruntime", options, cache_dir), options)
+            engine = cache.load(cache.get_or_build(draft.path / f"{precision}.onnx", "onnxruntime", options, cache.Cache(cache_dir)), options)
             parts = [engine.run({"x": x[start : start + 8]})["logits"] for start in range(0, len(x), 8)]
             golden[f"logits_{precision}"] = np.concatenate(parts) + (1.0 if precision == spoil else 0.0)
             engine.close()

@@ -9,7 +9,7 @@ from onnx_graphs import cnn, rows
 from portaisys import engine
 from portaisys.compress.quantize import quantize
 from portaisys.engine import Options, Tensor, verify
-from portaisys.engine.cache import get_or_build, load
+from portaisys.engine.cache import Cache, get_or_build, load
 from portaisys.judge import Row, _sound
 from portaisys.spec import Quantize, UserError
 
@@ -34,7 +34,7 @@ class Wrong:
 def test_real_engines_are_sound(tmp_path, backend, precision):
     path = cnn(tmp_path / "fp32.onnx")
     quantize(path, tmp_path / "int8.onnx", rows(100), Quantize())
-    opened = load(get_or_build(tmp_path / f"{precision}.onnx", backend, Options(precision), tmp_path / "cache"), Options(precision))
+    opened = load(get_or_build(tmp_path / f"{precision}.onnx", backend, Options(precision), Cache(tmp_path / "cache")), Options(precision))
     assert backend in engine.available() and verify.problem(opened, {"x": rows(24)}, batches=BATCHES) == ""
 
 

@@ -23,7 +23,7 @@ from portaisys import artifact, evaluate, gate
 from portaisys.compress.cast import with_islands
 from portaisys.compress.quantize import quantize
 from portaisys.engine import BACKENDS, TYPED, Arrays, Engine, Options, available, choose, verify
-from portaisys.engine.cache import get_or_build, load
+from portaisys.engine.cache import Cache, cache_of, get_or_build, load
 from portaisys.engine.choose import Timed
 from portaisys.engine.onnx_file import Face, face_of, read_onnx
 from portaisys.engine.onnxruntime import reference
@@ -225,11 +225,11 @@ def _fill(
     held = {name: array[judges] for name, array in samples.items()} if face.batch is not None else dict(samples)
     right = reference(source, held, face.batch or 1 if face.batch is not None else AS_IS)
     options = Options(opt_batch=order.opt_batch, max_batch=order.max_batch or 1, dims=order.dims, threads=order.threads)
-    cache, batches = order.storage.cache_dir / "engines", _batches(order, face)
+    cache, batches = cache_of(order.storage), _batches(order, face)
     with tempfile.TemporaryDirectory(dir=draft.path) as scratch:
         few = choose.batch_of(held, batches[0] if face.batch != 0 else CAST_ROWS)
         files = _files(draft, order, source, Path(scratch), {name: array[calibrates] for name, array in samples.items()}, few, tell)
-        table = choose.measure(files, held, options, cache, batches=batches, rounds=ROUNDS, seed=order.seed, max_bytes=order.storage.max_cache_bytes, tell=tell)
+        table = choose.measure(files, held, options, cache, batches=batches, rounds=ROUNDS, seed=order.seed, tell=tell)
         _refuse_none(order, source, table, options, cache)
         best = choose.pick_each(table, order.objective)
         engines = {precision: _open(files[line.backend, precision], line, options, cache) for precision, line in best.items()}
@@ -282,7 +282,7 @@ def _cast(source: Path, out: Path, precision: str, few: Arrays, tolerance: float
         return (f"no {precision}: {error}",)
 
 
-def _refuse_none(order: Order, source: Path, table: Sequence[Timed], options: Options, cache: Path) -> None:
+def _refuse_none(order: Order, source: Path, table: Sequence[Timed], options: Options, cache: Cache) -> None:
     """Where a named backend cannot run the plainest file, say which of the others can."""
     plain = order.precisions[0]
     if any(line.ms for line in table if line.precision == plain):
@@ -292,7 +292,7 @@ def _refuse_none(order: Order, source: Path, table: Sequence[Timed], options: Op
     raise UserError(f"{order.onnx}: {why}" + (f"; it can be built for {', '.join(others)} (--backend)" if others else "; no backend here can run it"))
 
 
-def _builds(name: str, file: Path, options: Options, cache: Path) -> bool:
+def _builds(name: str, file: Path, options: Options, cache: Cache) -> bool:
     try:
         get_or_build(file, name, options, cache)
     except UserError:
@@ -300,7 +300,7 @@ def _builds(name: str, file: Path, options: Options, cache: Path) -> bool:
     return True
 
 
-def _open(file: Path, line: Timed, options: Options, cache: Path) -> Engine:
+def _open(file: Path, line: Timed, options: Options, cache: Cache) -> Engine:
     settings = replace(options, precision=line.precision)
     return load(get_or_build(file, line.backend, settings, cache), settings)
 
@@ -399,5 +399,5 @@ def benchmark(
     if "fp32" in opened.files:
         files |= {(name, "bf16"): opened.files["fp32"] for name in BACKENDS if name not in TYPED}  # another arithmetic on the same file, where a CPU has it
     options = Options(opt_batch=about["opt_batch"], max_batch=most, dims=tuple(tuple(dim) for dim in about.get("dims", ())), threads=threads)
-    table = choose.measure(files, opened.golden, options, storage.cache_dir / "engines", batches=sizes, rounds=rounds, max_bytes=storage.max_cache_bytes, tell=tell)
+    table = choose.measure(files, opened.golden, options, cache_of(storage), batches=sizes, rounds=rounds, tell=tell)
     return opened.version, table

@@ -19,7 +19,7 @@ from portaisys import evaluate, gate
 from portaisys.artifact import Artifact
 from portaisys.data import Split
 from portaisys.engine import TYPED, CannotExecute, Engine, Options, verify
-from portaisys.engine.cache import Built, get_or_build, load
+from portaisys.engine.cache import Built, cache_of, get_or_build, load
 from portaisys.gate import Decision
 from portaisys.spec import Spec, UserError
 
@@ -125,7 +125,7 @@ def _engines(spec: Spec, subjects: Sequence[Subject], options: Options, tell: Ca
 
 def _build(spec: Spec, subject: Subject, options: Options, tell: Callable[[str], None]) -> Built:
     tell(f"building {subject.name} with {subject.backend}")
-    return get_or_build(subject.file, subject.backend, replace(options, precision=subject.precision), spec.storage.cache_dir / "engines", spec.storage.max_cache_bytes)
+    return get_or_build(subject.file, subject.backend, replace(options, precision=subject.precision), cache_of(spec.storage))
 
 
 def _row(subject: Subject, built: Built, status: str) -> Row:

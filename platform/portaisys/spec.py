@@ -359,6 +359,8 @@ class Storage(Section):
     cache: str = "~/.cache/portaisys"
     # Of built engines on this machine; beyond it those go that were used longest ago.
     max_cache_gib: float = Field(20.0, gt=0)
+    # s3://bucket/prefix where machines of one kind share the engines they build, behind the cache of each. A folder they all see is named in `cache`.
+    shared_cache: str = Field("", pattern="^$|^s3://.+")
 
     @property
     def remote(self) -> bool:

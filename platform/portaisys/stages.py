@@ -26,7 +26,7 @@ from portaisys.compress.prune import prune
 from portaisys.compress.quantize import quantize
 from portaisys.data import Splits
 from portaisys.engine import BACKENDS, Options, choose, verify
-from portaisys.engine.cache import get_or_build, load
+from portaisys.engine.cache import cache_of, get_or_build, load
 from portaisys.export import INPUT, OUTPUT, export
 from portaisys.judge import DENSE, Subject, judge, save_answers
 from portaisys.spec import Distill, Spec, Train, UserError
@@ -199,10 +199,8 @@ def chosen(job: Job, draft: Draft) -> None:
     files = {(name, subject.precision): subject.file for name in BACKENDS for subject in subjects(job.parents, dict.fromkeys(asked, name))}
     settings = Options(opt_batch=export.opt_batch, max_batch=export.max_batch, threads=options.threads)
     batches = sorted({1, export.opt_batch, export.max_batch})
-    cache, most = job.spec.storage.cache_dir / "engines", job.spec.storage.max_cache_bytes
-    table = choose.measure(
-        files, {INPUT: job.splits.calibration.x}, settings, cache, batches=batches, rounds=CHOICE_ROUNDS, seed=job.spec.seed, max_bytes=most, tell=job.tell
-    )
+    cache = cache_of(job.spec.storage)
+    table = choose.measure(files, {INPUT: job.splits.calibration.x}, settings, cache, batches=batches, rounds=CHOICE_ROUNDS, seed=job.spec.seed, tell=job.tell)
     best, because = choose.pick(table, options.objective, options.p99_limit_ms)
     backends = {precision: line.backend for precision, line in choose.pick_each(table, options.objective, options.p99_limit_ms).items()}
     if "fp32" not in backends:
@@ -281,7 +279,7 @@ def packed(job: Job, draft: Draft) -> None:
 
 def _answers(options: Spec, subject: Subject, rows: Any) -> Any:
     settings = Options(subject.precision, options.export.opt_batch, options.export.max_batch, threads=options.engine.threads)
-    engine = load(get_or_build(subject.file, subject.backend, settings, options.storage.cache_dir / "engines", options.storage.max_cache_bytes), settings)
+    engine = load(get_or_build(subject.file, subject.backend, settings, cache_of(options.storage)), settings)
     answers = evaluate.predict_rows(lambda x: engine.run({INPUT: x})[OUTPUT], rows, options.export.max_batch)
     engine.close()
     return answers

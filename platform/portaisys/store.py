@@ -14,6 +14,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -84,6 +85,41 @@ def digest_at(uri: str) -> str:
             return str(json.loads(s3.get_object(Bucket=bucket, Key=f"{prefix}/{MANIFEST}")["Body"].read()).get("digest", ""))
         except (s3.exceptions.NoSuchKey, ValueError):
             return ""
+
+
+def claim(uri: str, owner: str) -> bool:
+    """Put a claim at `uri` unless somebody's is there; whether it is ours now.
+
+    Exact where the store heeds If-None-Match (AWS does); some work-alikes do not, and two that come within the same milliseconds may
+    both believe it is theirs. So a claim saves work and guards nothing.
+    """
+    bucket, key = _split(uri)
+    with _asking(uri) as s3:
+        if claim_age_s(uri) is not None:
+            return False
+        try:
+            s3.put_object(Bucket=bucket, Key=key, Body=owner.encode(), IfNoneMatch="*")
+        except s3.exceptions.ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):
+                return False
+            raise
+        return bool(s3.get_object(Bucket=bucket, Key=key)["Body"].read() == owner.encode())
+
+
+def claim_age_s(uri: str) -> float | None:
+    """Seconds since a claim was put, by the store's own clock; None when there is none."""
+    bucket, key = _split(uri)
+    with _asking(uri) as s3:
+        found = s3.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+        now = parsedate_to_datetime(found["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return next((float((now - item["LastModified"]).total_seconds()) for item in found.get("Contents", []) if item["Key"] == key), None)
+
+
+def remove(uri: str) -> None:
+    """Delete one object; that there is none is no error."""
+    bucket, key = _split(uri)
+    with _asking(uri) as s3:
+        s3.delete_object(Bucket=bucket, Key=key)
 
 
 def reachable(uri: str) -> None:

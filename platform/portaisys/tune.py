@@ -40,7 +40,7 @@ from ray.util import placement_group_table, remove_placement_group
 
 from portaisys import artifact, cluster, data, evaluate, launch, metrics, report, spec, stages, store
 from portaisys.engine import Engine, Options
-from portaisys.engine.cache import get_or_build, load
+from portaisys.engine.cache import cache_of, get_or_build, load
 from portaisys.export import INPUT, OUTPUT, export
 from portaisys.launch import Tell
 from portaisys.spec import Section, Spec, SpecError, UserError
@@ -565,7 +565,7 @@ def _engine(options: Spec, onnx: Path) -> Engine:
     settings = Options(precision, options.export.opt_batch, options.export.max_batch, threads=options.engine.threads)
     # One backend for all trials, or their latencies would not compare; `auto` is for the run of the best spec.
     backend = "onnxruntime" if options.engine.backend == "auto" else options.engine.backend
-    return load(get_or_build(onnx, backend, settings, options.storage.cache_dir / "engines", options.storage.max_cache_bytes), settings)
+    return load(get_or_build(onnx, backend, settings, cache_of(options.storage)), settings)
 
 
 def _runner(engine: Engine) -> Callable[[NDArray[Any]], NDArray[Any]]:

@@ -86,8 +86,9 @@ class CannotExecute(UserError):
 #   PRECISIONS: tuple[str, ...]
 #   version() -> str                                  library and version; raises UserError naming the extra
 #   device() -> str                                   device class, "cpu-avx512" or "sm_90" or "none"
-#   build(onnx: Path, options: Options, out: Path) -> list[str]     writes one file; returns notes (fall-backs)
-#   load(built: Path, options: Options) -> Engine     raises CannotExecute where it can only be built
+#   build(onnx: Path, options: Options, out: Path, kept: Path | None) -> list[str]     writes one file; returns notes (fall-backs)
+#   load(built: Path, options: Options, kept: Path | None) -> Engine     raises CannotExecute where it can only be built
+# `kept`: a folder where a backend keeps what outlives a build: timings, compiled kernels. None: nothing is kept.
 BACKENDS = {
     "onnxruntime": "portaisys.engine.onnxruntime",
     "openvino": "portaisys.engine.openvino",

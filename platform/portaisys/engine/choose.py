@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from portaisys import evaluate
 from portaisys.engine import Arrays, Engine, Options, backend, verify
-from portaisys.engine.cache import get_or_build, load
+from portaisys.engine.cache import Cache, get_or_build, load
 from portaisys.engine.verify import AS_IS
 from portaisys.spec import UserError
 
@@ -32,8 +32,8 @@ class Timed:
 
 
 def measure(
-    files: Mapping[tuple[str, str], Path], feeds: Arrays, options: Options, cache_dir: Path, *, batches: Sequence[int], rounds: int, seed: int = 0,
-    max_bytes: int | None = None, tell: Callable[[str], None] = lambda text: None,
+    files: Mapping[tuple[str, str], Path], feeds: Arrays, options: Options, cache: Cache, *, batches: Sequence[int], rounds: int, seed: int = 0,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> list[Timed]:  # fmt: skip
     """Build, verify and time every candidate that runs here, all interleaved at each batch size.
 
@@ -43,7 +43,7 @@ def measure(
     refused: list[Timed] = []
     for (name, precision), file in files.items():
         tell(f"building {precision} with {name}")
-        found = _open(name, file, replace(options, precision=precision), cache_dir, max_bytes)
+        found = _open(name, file, replace(options, precision=precision), cache)
         if not isinstance(found, str) and (problem := verify.problem(found, _first(feeds, batches), batches=batches, seed=seed)):
             found.close()
             found = f"unsound: {problem}"
@@ -81,7 +81,7 @@ def _times(engines: Mapping[tuple[str, str], Engine], feeds: Arrays, rounds: int
     return {names[name]: times for name, times in evaluate.latency(calls, rounds, 10, seed).items()}
 
 
-def _open(name: str, file: Path, options: Options, cache_dir: Path, max_bytes: int | None) -> Engine | str:
+def _open(name: str, file: Path, options: Options, cache: Cache) -> Engine | str:
     """The engine, or why it does not run here."""
     module = backend(name)
     if options.precision not in module.PRECISIONS:
@@ -89,7 +89,7 @@ def _open(name: str, file: Path, options: Options, cache_dir: Path, max_bytes: i
     try:
         if module.device() == "none":
             return "no device for it on this machine"
-        return load(get_or_build(file, name, options, cache_dir, max_bytes), options)
+        return load(get_or_build(file, name, options, cache), options)
     except UserError as error:
         return str(error)
 

@@ -38,7 +38,7 @@ def version() -> str:
     return f"onnxruntime {onnxruntime.__version__}"
 
 
-def build(onnx: Path, options: Options, out: Path) -> list[str]:
+def build(onnx: Path, options: Options, out: Path, kept: Path | None = None) -> list[str]:
     """Write the file this CPU runs best and open it once. Returns notes. Raises UserError when ORT refuses it."""
     model = read_for(onnx, options.precision)
     notes = []
@@ -51,7 +51,7 @@ def build(onnx: Path, options: Options, out: Path) -> list[str]:
     return notes
 
 
-def load(built: Path, options: Options) -> CpuEngine:
+def load(built: Path, options: Options, kept: Path | None = None) -> CpuEngine:
     """Open a built file. Raises UserError when ORT refuses it."""
     return CpuEngine(_session(built, options, built), options.precision)
 

@@ -28,7 +28,7 @@ def version() -> str:
     return f"openvino {_library().__version__}"
 
 
-def build(onnx: Path, options: Options, out: Path) -> list[str]:
+def build(onnx: Path, options: Options, out: Path, kept: Path | None = None) -> list[str]:
     """Compile for this CPU and write the compiled form. Raises UserError when OpenVINO or this CPU refuses."""
     openvino = _library()
     read_for(onnx, "int8" if options.precision == "int8" else "fp32")  # bf16 is a hint here
@@ -42,7 +42,7 @@ def build(onnx: Path, options: Options, out: Path) -> list[str]:
     return []
 
 
-def load(built: Path, options: Options) -> OpenVinoEngine:
+def load(built: Path, options: Options, kept: Path | None = None) -> OpenVinoEngine:
     """Open a compiled file. Raises UserError when OpenVINO refuses it."""
     core = _library().Core()
     _refuse_without_bf16(core, options.precision)

@@ -1,23 +1,24 @@
 """TensorRT 10, 11 and RTX, one code path: build a strongly typed plan from ONNX, run it where there is a GPU.
 
 Precision is the type of the tensors in the ONNX file and nothing else (TensorRT 11 has no other way). RTX builds
-without a GPU, so a graph can be proven acceptable anywhere; running needs a driver and torch for its buffers. Whoever
-calls the runtime holds one slot (context, stream, buffers): TensorRT's contexts are not thread-safe (TensorRT #1300).
+without a GPU, so a graph can be proven acceptable anywhere; running needs a driver and torch for its buffers (gpu.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
+import re
+import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from portaisys.artifact import write_bytes
-from portaisys.engine import Arrays, CannotExecute, Options, Tensor, check_feeds
+from portaisys.artifact import hash_file, write_bytes
+from portaisys.engine import CannotExecute, Options
+from portaisys.engine.cuda import open_cuda
+from portaisys.engine.gpu import GpuEngine, Plan, describe
 from portaisys.engine.onnx_file import face_of, read_for, read_onnx
 from portaisys.spec import UserError
 
@@ -85,8 +86,11 @@ def _logger() -> Any:
 # --- build --------------------------------------------------------------------------------------------------------
 
 
-def build(onnx: Path, options: Options, out: Path) -> list[str]:
-    """Write a serialized plan. Returns notes. Raises UserError with TensorRT's own messages when it refuses the graph."""
+def build(onnx: Path, options: Options, out: Path, kept: Path | None = None) -> list[str]:
+    """Write a serialized plan. Returns notes. `kept`: a folder for timings that the next build need not take again.
+
+    Raises UserError with TensorRT's own messages when it refuses the graph.
+    """
     trt, logger = _trt(), _logger()
     read_for(onnx, "fp32" if options.precision == "tf32" else options.precision)
     logger.errors.clear()
@@ -97,11 +101,40 @@ def build(onnx: Path, options: Options, out: Path) -> list[str]:
     config.add_optimization_profile(_profile(builder, network, options, onnx))
     _configure(trt, config, options)
     notes = _target(trt, config)
+    timings = _timings(kept)
+    notes += _recalled(config, timings)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise UserError(f"{onnx}: {trt.__name__} cannot build it: {_errors(logger)}")
     write_bytes(out, bytes(plan))
+    _remember(config, timings)
     return notes
+
+
+def _timings(kept: Path | None) -> Path | None:
+    """The file of this library's timings on this card. RTX chooses kernels where it runs and times none (its cache would ask for a GPU)."""
+    if kept is None or _trt().__name__ != "tensorrt":
+        return None
+    return kept / f"timings-{re.sub('[^A-Za-z0-9.]+', '-', version())}-{device()}"
+
+
+def _recalled(config: Any, timings: Path | None) -> list[str]:
+    """Begin with the timings of earlier builds; of another version or damaged, they are left and it is said."""
+    if timings is None:
+        return []
+    old = timings.read_bytes() if timings.exists() else b""
+    if config.set_timing_cache(config.create_timing_cache(old), False):
+        return []
+    config.set_timing_cache(config.create_timing_cache(b""), False)
+    return ["the timings kept from earlier builds are of another version or card, and were taken again"]
+
+
+def _remember(config: Any, timings: Path | None) -> None:
+    """Keep what was timed. Of two builds at once the later one's stay; a folder that cannot be written costs the next build time, no more."""
+    if timings is not None:
+        with contextlib.suppress(OSError):
+            timings.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(timings, bytes(config.get_timing_cache().serialize()))
 
 
 def _parse(parser: Any, onnx: Path) -> None:
@@ -166,95 +199,54 @@ def _errors(logger: Any) -> str:
 
 # --- run ----------------------------------------------------------------------------------------------------------
 
+# Deserialized plans of this process, by content: weights lie on the card once, however often a version is opened.
+_PLANS: dict[tuple[str, bool], tuple[Plan, int]] = {}
+_PLANS_LOCK = threading.Lock()
 
-def load(built: Path, options: Options) -> GpuEngine:
-    """Open a plan on GPU 0. Raises CannotExecute without a driver, without torch's CUDA, or when TensorRT refuses the plan."""
-    trt, logger = _trt(), _logger()
+
+def load(built: Path, options: Options, kept: Path | None = None) -> GpuEngine:
+    """Open a plan on GPU 0. `kept`: a folder for kernels that RTX compiles here.
+
+    Raises CannotExecute without a driver, without torch's CUDA, or when TensorRT refuses the plan.
+    """
     if _driver() is None:
         raise CannotExecute("built but not run: this machine has no NVIDIA driver with a GPU (libcuda.so.1)")
-    torch = _torch()
-    logger.errors.clear()
-    runtime = trt.Runtime(logger)
-    plan = runtime.deserialize_cuda_engine(built.read_bytes())
-    if plan is None:
-        raise CannotExecute(f"built but not run: {trt.__name__} {trt.__version__} cannot load the plan on {device()}: {_errors(logger)}")
-    return GpuEngine(trt, torch, runtime, plan, options)
-
-
-def _torch() -> Any:
+    cuda = open_cuda()
+    key = hash_file(built), options.cuda_graphs
+    with _PLANS_LOCK:
+        plan, users = _PLANS[key] if key in _PLANS else (_deserialized(built, options, kept), 0)
+        _PLANS[key] = plan, users + 1
     try:
-        torch = importlib.import_module("torch")
-    except ImportError:
-        raise CannotExecute("built but not run: TensorRT's buffers are torch tensors; pip install 'portaisys[train]'") from None
-    if not torch.cuda.is_available():
-        raise CannotExecute(f"built but not run: torch {torch.__version__} finds no CUDA device; install a torch build for this driver")
-    return torch
+        return GpuEngine(plan, cuda, options, lambda: _released(key))
+    except BaseException:
+        _released(key)
+        raise
 
 
-class GpuEngine:
-    """One execution context with its own stream and its buffers at the largest batch, pinned on the host's side."""
-
-    backend = "tensorrt"
-
-    def __init__(self, trt: Any, torch: Any, runtime: Any, plan: Any, options: Options) -> None:
-        self.precision, self.device, self._max_batch = options.precision, device(), options.max_batch
-        tensors = {mode: tuple(_tensor(trt, plan, name) for name in _names(plan) if plan.get_tensor_mode(name) == mode) for mode in _modes(trt)}
-        self.inputs, self.outputs = (tensors[mode] for mode in _modes(trt))
-        self._torch, self._runtime, self._plan = torch, runtime, plan  # the plan must not outlive its runtime
-        self._stream = torch.cuda.Stream()
-        self._context = plan.create_execution_context()
-        if self._context is None:
-            raise CannotExecute(f"built but not run: no execution context (GPU memory?): {_errors(_logger())}")
-        self._buffers = {tensor.name: self._buffer(tensor) for tensor in (*self.inputs, *self.outputs)}
-
-    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        """Outputs for a batch of inputs. Raises UserError for wrong feeds or more rows than the profile, RuntimeError when TensorRT fails."""
-        rows = check_feeds(self.inputs, feeds)
-        if rows > self._max_batch:
-            raise UserError(f"inputs: {rows} rows, but this engine was built for at most {self._max_batch} (export.max_batch)")
-        with self._torch.cuda.stream(self._stream):
-            for tensor in self.inputs:
-                self._send(tensor, feeds[tensor.name], rows)
-            self._check(self._context.execute_async_v3(self._stream.cuda_stream), "execute")
-            for tensor in self.outputs:
-                host, card = self._buffers[tensor.name]
-                host[:rows].copy_(card[:rows], non_blocking=True)
-        self._stream.synchronize()
-        return {tensor.name: self._buffers[tensor.name][0][:rows].numpy().copy() for tensor in self.outputs}
-
-    def close(self) -> None:
-        """Free the GPU's memory."""
-        self._stream.synchronize()
-        self._buffers.clear()
-        self._context = self._plan = self._runtime = None
-
-    def _send(self, tensor: Tensor, array: NDArray[Any], rows: int) -> None:
-        host, card = self._buffers[tensor.name]
-        host[:rows].numpy()[...] = array
-        card[:rows].copy_(host[:rows], non_blocking=True)
-        self._check(self._context.set_input_shape(tensor.name, array.shape), f"set the shape of {tensor.name}")
-
-    def _buffer(self, tensor: Tensor) -> tuple[Any, Any]:
-        """Pinned host memory and GPU memory for the largest batch, the latter bound to the context."""
-        if tensor.shape[0] != -1 or -1 in tensor.shape[1:]:
-            raise CannotExecute(f"built but not run: {tensor.name} has shape {list(tensor.shape)}; only dimension 0, the batch, may vary")
-        like = self._torch.from_numpy(np.empty((self._max_batch, *tensor.shape[1:]), tensor.dtype))
-        host, card = like.pin_memory(), like.to("cuda")
-        self._check(self._context.set_tensor_address(tensor.name, card.data_ptr()), f"bind {tensor.name}")
-        return host, card
-
-    def _check(self, done: bool, what: str) -> None:
-        if not done:
-            raise RuntimeError(f"TensorRT could not {what}: {_errors(_logger())}")
+def _released(key: tuple[str, bool]) -> None:
+    with _PLANS_LOCK:
+        plan, users = _PLANS.pop(key)
+        if users > 1:
+            _PLANS[key] = plan, users - 1
 
 
-def _modes(trt: Any) -> tuple[Any, Any]:
-    return trt.TensorIOMode.INPUT, trt.TensorIOMode.OUTPUT
+def _deserialized(built: Path, options: Options, kept: Path | None) -> Plan:
+    trt, logger = _trt(), _logger()
+    logger.errors.clear()
+    runtime, content = trt.Runtime(logger), built.read_bytes()
+    _refuse_invalid(trt, runtime, content)
+    engine = runtime.deserialize_cuda_engine(content)
+    if engine is None:
+        raise CannotExecute(f"built but not run: {trt.__name__} {trt.__version__} cannot load the plan on {device()}: {_errors(logger)}")
+    kernels = None if kept is None else kept / f"kernels-{hash_file(built)[:16]}-{device()}"
+    return describe(Plan(trt, runtime, engine, device(), lambda: _errors(logger), kernels), options.cuda_graphs)
 
 
-def _names(plan: Any) -> list[str]:
-    return [plan.get_tensor_name(index) for index in range(plan.num_io_tensors)]
-
-
-def _tensor(trt: Any, plan: Any, name: str) -> Tensor:
-    return Tensor(name, np.dtype(trt.nptype(plan.get_tensor_dtype(name))).name, tuple(plan.get_tensor_shape(name)))
+def _refuse_invalid(trt: Any, runtime: Any, content: bytes) -> None:
+    """RTX says beforehand whether it takes a plan on this card, and why not."""
+    if not hasattr(runtime, "get_engine_validity"):
+        return
+    validity, reasons = runtime.get_engine_validity(content)
+    if validity == trt.EngineValidity.INVALID:
+        why = [name for name, flag in trt.EngineInvalidityDiagnostics.__members__.items() if int(reasons) & int(flag)]
+        raise CannotExecute(f"built but not run: {trt.__name__} {trt.__version__} does not take the plan on {device()}: {', '.join(why) or reasons}")

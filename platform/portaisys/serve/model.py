@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from portaisys import artifact, registry
 from portaisys.engine import Arrays, Engine, Options, Tensor, verify
-from portaisys.engine.cache import get_or_build, load
+from portaisys.engine.cache import Cache, cache_of, get_or_build, load
 from portaisys.serve.batcher import Batcher, BatchRecord, Outputs
 from portaisys.spec import Storage, UserError
 
@@ -101,12 +101,11 @@ def open_reference(reference: str, storage: Storage, limits: Limits, observe: Ca
     """
     fetched = registry.fetch(reference, storage, storage.cache_dir)
     number = str(fetched.version.version)
-    engines = storage.cache_dir / "engines"
     version = fetched.version
     if version.verdict != "pass":
         raise UserError(f"{version}: its verdict is {version.verdict!r} ({version.because}), so it is not served; name a version that passed (portaisys versions {version.name})")
     traced = {"run": version.run_id, "registry": fetched.note or "asked"}
-    return open_version(fetched.path, number, engines, limits, observe, name=version.name, digest=version.digest, traced=traced)
+    return open_version(fetched.path, number, cache_of(storage), limits, observe, name=version.name, digest=version.digest, traced=traced)
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def open_engine(reference: str, storage: Storage, limits: Limits) -> Opened:
     fetched = registry.fetch(reference, storage, storage.cache_dir)
     found = _verified(fetched.path, fetched.version.digest)
     about = json.loads(found.file("version.json").read_text())
-    engine, fallbacks = _first_that_holds(found, about, storage.cache_dir / "engines", limits)
+    engine, fallbacks = _first_that_holds(found, about, cache_of(storage), limits)
     golden, _ = _samples(found, "golden.npz", engine)
     batch = verify.AS_IS if not about.get("batched", True) else max(_sizes(about))
     return Opened(fetched.version, engine, batch, {name: found.file(f"{name}.onnx") for name in about["precisions"]}, about, golden, fallbacks)
@@ -136,7 +135,7 @@ def open_engine(reference: str, storage: Storage, limits: Limits) -> Opened:
 def open_version(
     folder: Path,
     number: str,
-    cache_dir: Path,
+    cache: Cache,
     limits: Limits,
     observe: Callable[[BatchRecord], None] | None = None,
     *,
@@ -144,14 +143,14 @@ def open_version(
     digest: str | None = None,
     traced: Mapping[str, str] | None = None,
 ) -> ServedModel:
-    """Open a version's folder, engines cached in `cache_dir`; every file is hashed again. Blocks until the engine is warm. Raises UserError."""
+    """Open a version's folder, engines kept in `cache`; every file is hashed again. Blocks until the engine is warm. Raises UserError."""
     started = time.monotonic()
     found = _verified(folder, digest)
     about = json.loads(found.file("version.json").read_text())
     if not about.get("batched", True):
         raise UserError(f"{about['name']}: its inputs share no batch in dimension 0, so requests cannot be batched; use portaisys predict, or export it with one")
     max_batch = _max_batch(about, limits)
-    engine, fallbacks = _first_that_holds(found, about, cache_dir, limits)
+    engine, fallbacks = _first_that_holds(found, about, cache, limits)
     _warm(engine, found, [size for size in _sizes(about) if size <= max_batch])
     name, stats = name or about["name"], Stats()
     observers = _both(stats.add, observe)
@@ -196,13 +195,13 @@ def _lineage(found: artifact.Artifact, about: Mapping[str, Any], number: str, se
 # --- which precision ----------------------------------------------------------------------------------------------
 
 
-def _first_that_holds(found: artifact.Artifact, about: Mapping[str, Any], cache_dir: Path, limits: Limits) -> tuple[Engine, list[str]]:
+def _first_that_holds(found: artifact.Artifact, about: Mapping[str, Any], cache: Cache, limits: Limits) -> tuple[Engine, list[str]]:
     """The best admitted precision that gives the golden answers here, and why each better one does not."""
     fallbacks: list[str] = []
     for precision in _candidates(about, limits):
         options = Options(precision, about["opt_batch"], about["max_batch"], tuple(tuple(dim) for dim in about.get("dims", ())), threads=limits.threads)
         try:
-            engine = load(get_or_build(found.file(f"{precision}.onnx"), about["backends"][precision], options, cache_dir), options)
+            engine = load(get_or_build(found.file(f"{precision}.onnx"), about["backends"][precision], options, cache), options)
         except UserError:
             # The cause may name paths; it is for the log, the reason is for everybody.
             logger.exception("%s cannot be built or loaded", precision)
