@@ -18,10 +18,24 @@ from onnx_graphs import Graph, cnn, rows
 
 from portaisys import models, spec
 from portaisys.compress.quantize import quantize
-from portaisys.engine import BACKENDS, CannotExecute, Options, Tensor, backend, check_feeds
+from portaisys.engine import (
+    BACKENDS,
+    REMEMBERED,
+    RUN_ONLY,
+    CannotExecute,
+    Options,
+    Tensor,
+    backend,
+    check_feeds,
+    options_of,
+    recalled,
+    remembered,
+)
+from portaisys.engine import cpu as processor
 from portaisys.engine import onnxruntime as cpu
 from portaisys.engine import openvino as vino
 from portaisys.engine import tensorrt as gpu
+from portaisys.engine.torch import TorchEngine
 from portaisys.export import export
 from portaisys.spec import BACKEND_PRECISIONS, Quantize, UserError
 
@@ -99,6 +113,17 @@ def test_tensorrt_is_imported_nowhere_else():
     assert [path.name for path in root.rglob("*.py") if "tensorrt_rtx\"" in path.read_text()] == ["tensorrt.py"]
 
 
+def test_options_come_from_the_spec_and_are_remembered_by_a_version():
+    engine = spec.Engine(objective="throughput", slots=2, cuda_graphs=False, workspace_mib=64, optimization_level=5, sparse=True, threads=2, provider="cpu")
+    options = options_of(engine, spec.Export(opt_batch=4, max_batch=16))
+    assert options == Options("fp32", 4, 16, (), "throughput", "cpu", 64, 5, True, 2, 2, False)
+    about = {"opt_batch": 4, "max_batch": 16, "dims": [["seq", 1, 2, 3]], "options": remembered(options)}
+    assert recalled(about, "fp32", 2) == Options("fp32", 4, 16, (("seq", 1, 2, 3),), "throughput", "cpu", 64, 5, True, 2, 2, False)
+    assert recalled({"opt_batch": 4, "max_batch": 16}, "int8", 1) == Options("int8", 4, 16)  # published before there were any
+    given_apart = {"precision", "opt_batch", "max_batch", "dims", "threads"}
+    assert {*REMEMBERED} | given_apart == {*Options.__dataclass_fields__} and {*RUN_ONLY} <= {*Options.__dataclass_fields__}
+
+
 # --- ONNX Runtime ---------------------------------------------------------------------------------------------------
 
 
@@ -173,6 +198,40 @@ def test_full_range_weights_do_not_overflow_on_a_cpu_without_vnni(folder, tmp_pa
     assert relative(exact, engine) < 1.2 * relative(exact, signed)
 
 
+def test_io_binding_gives_the_same_answers(fp32):
+    session = cpu.load(fp32, FP32)._session
+    bound, direct = (cpu.OrtEngine(session, "fp32", bound=bound) for bound in (True, False))
+    spread = np.repeat(rows(3), 2, axis=0)[::2]  # not contiguous
+    for x in (rows(1), rows(5), spread):
+        np.testing.assert_array_equal(*(next(iter(engine.run({"x": x}).values())) for engine in (bound, direct)))
+
+
+def test_the_provider_is_the_cpu_unless_this_build_and_machine_have_a_gpu(monkeypatch):
+    assert cpu.provider("cpu") == "cpu"
+    monkeypatch.setattr(cpu.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(cpu, "driver", lambda: None)
+    assert cpu.provider("auto") == "cpu" and cpu.device() == processor.device()
+    monkeypatch.setattr(cpu, "driver", lambda: ("sm_90", "13.0"))
+    assert cpu.provider("auto") == "cuda" and cpu.device() == f"{processor.device()}+sm_90"
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="this ONNX Runtime has CUDA")
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_that_this_build_lacks_is_refused_with_what_it_has(fp32, tmp_path, provider):
+    with pytest.raises(UserError, match=rf"engine\.provider: '{provider}' needs a build .*onnxruntime-gpu.*CPUExecutionProvider"):
+        cpu.build(fp32, Options(provider=provider), tmp_path / "engine")
+
+
+def test_a_provider_that_does_not_start_is_not_replaced_by_the_cpu_in_silence(fp32, monkeypatch):
+    # What ONNX Runtime does when CUDA's libraries do not load: it opens the file on the CPU and only logs.
+    monkeypatch.setattr(cpu, "provider", lambda asked: "cuda")
+    monkeypatch.setitem(cpu.PROVIDERS, "cuda", ("CUDAExecutionProvider", "CPUExecutionProvider"))
+    opened = ort.InferenceSession(str(fp32), providers=["CPUExecutionProvider"])
+    monkeypatch.setattr(cpu.onnxruntime, "InferenceSession", lambda *given, **options: opened)
+    with pytest.raises(UserError, match=r"engine\.provider: CUDAExecutionProvider did not start here"):
+        cpu.load(fp32, FP32)
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -185,11 +244,11 @@ def test_full_range_weights_do_not_overflow_on_a_cpu_without_vnni(folder, tmp_pa
 )
 def test_the_device_class_is_what_decides_the_integer_kernels(tmp_path, flags, expected):
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
-    assert cpu.device(tmp_path / "cpuinfo") == expected
+    assert processor.device(tmp_path / "cpuinfo") == expected
 
 
 def test_without_cpuinfo_the_device_is_the_architecture(tmp_path):
-    assert cpu.device(tmp_path / "none").startswith("cpu-")
+    assert processor.device(tmp_path / "none").startswith("cpu-")
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -298,10 +357,53 @@ def test_openvino_says_what_it_takes_and_what_it_cannot_open(fp32, tmp_path):
         vino.load(tmp_path / "half", FP32)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+def test_openvino_for_throughput_shares_a_batch_out_and_puts_it_together_in_order(fp32, tmp_path, batch):
+    options = Options(hint="throughput", threads=2)
+    engine = opened(fp32, options, tmp_path / "engine")
+    assert len(engine._requests) == 2
+    x = rows(batch, seed=5)
+    (answer,) = engine.run({"x": x}).values()
+    np.testing.assert_allclose(answer, plain(fp32, x), rtol=1e-3, atol=1e-4)
+    before = answer.copy()
+    engine.run({"x": rows(batch, seed=6)})
+    np.testing.assert_array_equal(answer, before)  # an answer is not overwritten by the next batch
+
+
 def test_without_openvino_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(UserError, match=r"pip install 'portaisys\[openvino\]'"):
         vino.version()
+
+
+# --- torch ----------------------------------------------------------------------------------------------------------
+
+
+def faces(*outputs):
+    return (Tensor("a", "float32", (-1, 4)), Tensor("n", "int64", (-1,))), tuple(Tensor(name, dtype, (-1,)) for name, dtype in outputs)
+
+
+@pytest.mark.parametrize("made", [lambda a, n: (a.sum(1), n + 1), lambda a, n: {"count": n + 1, "sum": a.sum(1)}])
+def test_torch_is_an_engine_of_whatever_callable_it_is_handed(made):
+    engine = TorchEngine(made, *faces(("sum", "float32"), ("count", "int64")))
+    a, n = rows(3).reshape(3, -1)[:, :4], np.arange(3)
+    found = engine.run({"a": a, "n": n})
+    np.testing.assert_allclose(found["sum"], a.sum(1), rtol=1e-6)
+    np.testing.assert_array_equal(found["count"], n + 1)
+    with pytest.raises(UserError, match="a must be float32"):
+        engine.run({"a": a.astype(np.float64), "n": n})
+
+
+def test_torch_compiled_and_in_bf16_answers_as_eager_does():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1), torch.nn.Flatten(0)).eval()
+    face = (Tensor("a", "float32", (-1, 4)),), (Tensor("y", "float32", (-1,)),)
+    a = rows(5).reshape(5, -1)[:, :4]
+    eager, compiled, low = (TorchEngine(model, *face, **how).run({"a": a})["y"] for how in ({}, {"compiled": True}, {"precision": "bf16"}))
+    np.testing.assert_allclose(compiled, eager, rtol=1e-5, atol=1e-6)
+    assert 1e-5 < relative(eager, low) < 0.03 and low.dtype == np.float32
+    with pytest.raises(UserError, match="torch: 'int8' is not one of fp32, bf16, fp16"):
+        TorchEngine(model, *face, precision="int8")
 
 
 # --- TensorRT -------------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from conftest import free_port
 from filelock import FileLock
 from onnx import numpy_helper
-from conftest import free_port
 from onnx_graphs import cnn, rows
 
 from portaisys import artifact, engine, store
@@ -332,7 +332,7 @@ def test_a_damaged_engine_of_the_store_is_built_again_and_put_right(source, mach
 
 
 def test_while_another_machine_builds_this_one_waits_and_takes_what_came_of_it(source, machines, monkeypatch):
-    (one, two), there = machines
+    (one, two), _ = machines
     key, looked = get_or_build(source, "onnxruntime", FP32, Cache(two.folder)).key, []
     shutil.rmtree(two.folder)
     assert store.claim(f"{one.shared}/{key}.claim", "another machine")

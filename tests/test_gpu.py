@@ -331,7 +331,7 @@ def machine(monkeypatch):
             return made[-1]
 
     trt = SimpleNamespace(**vars(TRT), Runtime=Runtime)
-    for name, value in {"_trt": lambda: trt, "_driver": lambda: ("sm_90", "13.0"), "open_cuda": Card, "_logger": lambda: SimpleNamespace(errors=["wrong version"])}.items():
+    for name, value in {"_trt": lambda: trt, "driver": lambda: ("sm_90", "13.0"), "open_cuda": Card, "_logger": lambda: SimpleNamespace(errors=["wrong version"])}.items():
         monkeypatch.setattr(tensorrt, name, value)
     return made
 

@@ -319,11 +319,13 @@ def test_openvino_is_judged_and_published_with_bf16_where_the_cpu_has_it(tmp_pat
     assert "accuracy" in outcome.rows[2]["verdicts"] and open_registry(short(tmp_path).storage).looks(outcome.version.lineage["test"]) == 2 + has_bf16
 
 
-def test_every_precision_that_only_another_backend_has_is_built_there_and_not_judged(tmp_path):
-    changes = ["engine.also_build=[tensorrt]", "train.epochs=1", "compress=[{quantize: {}}]", "engine.precisions=[fp16, bf16, int8, fp8]", "gate.max_accuracy_drop=0.1"]
+def test_every_precision_that_only_another_backend_has_is_built_there_and_not_judged_and_torch_compile_is_timed(tmp_path):
+    changes = ["engine.also_build=[tensorrt, torch]", "train.epochs=1", "compress=[{quantize: {}}]", "engine.precisions=[fp16, bf16, int8, fp8]", "gate.max_accuracy_drop=0.1"]
     outcome = launch.run(short(tmp_path, *changes), quiet)
     judged = [(row["engine"], row["backend"]) for row in outcome.rows if row["status"] == "executed"]
-    assert judged == [("dense torch", "torch"), ("dense fp32", "onnxruntime"), ("int8", "onnxruntime")]
+    assert judged == [("dense torch", "torch"), ("dense torch.compile", "torch"), ("dense fp32", "onnxruntime"), ("int8", "onnxruntime")]
+    eager, compiled = outcome.rows[:2]
+    assert compiled["accuracy"] == eager["accuracy"] and compiled["latency_ms_p50"] > 0 and not compiled["admissible"] and "not served" in compiled["because"]
     built = {row["engine"]: row for row in outcome.rows if row["backend"] == "tensorrt"}
     assert [*built] == ["dense fp32", "bf16", "fp16", "int8", "fp8"]
     assert all("built but not run" in row["because"] and not row["admissible"] for row in built.values())

@@ -61,6 +61,12 @@ def test_a_wrong_override_is_refused(override):
         spec.load(ROOT / "jobs/specs/digits.yaml", [override])
 
 
+def test_torch_is_a_reference_and_no_engine_to_serve_with():
+    with pytest.raises(SpecError, match=r"engine\.backend: 'torch' is the offline reference and is not served; write also_build: \[torch\]"):
+        spec.parse({"name": "x", "engine": {"backend": "torch"}})
+    assert spec.parse({"name": "x", "engine": {"also_build": ["torch", "openvino"], "precisions": ["bf16"]}}).engine.precisions == ("bf16",)
+
+
 @pytest.mark.parametrize("text", ["", "- a list", "name: [unclosed", "\x00", "!!python/object/apply:os.system [id]"])
 def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
     (tmp_path / "spec.yaml").write_text(text)

@@ -16,6 +16,7 @@ from portaisys.screen import (
     closing_table,
     compiled_table,
     console,
+    converted_table,
     entries_table,
     ledger_table,
     search_table,
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _verb(verbs, compile_, "make engines of any ONNX file: verify, quantize, time, publish", "portaisys compile model.onnx --calibration data.npz --precision int8", _compile_arguments, _promote_argument, _storage_arguments, name="compile")
     _verb(verbs, benchmark, "time a version: every backend, precision and batch that runs here", "portaisys benchmark digits@production --batches 1,8,32", _version_argument, _benchmark_arguments, _storage_arguments)
     _verb(verbs, predict, "answer the rows of an .npz with a version", "portaisys predict digits@production data.npz --out answers.npz", _version_argument, _predict_arguments, _storage_arguments)
+    _verb(verbs, convert, "make a TensorFlow SavedModel of a version, or a .tflite of a finished run", "portaisys convert digits@1 --to savedmodel --out digits-tf\n  portaisys convert jobs/specs/digits.yaml --to tflite --out digits.tflite", _convert_arguments)
     _verb(verbs, tune, "search a space: trials, Pareto front, best spec", "portaisys tune tune_spaces/prune_digits.yaml search.trials=8", _space_arguments)
     _verb(verbs, demo, "run a spec, then serve it and ask it real requests", "portaisys demo jobs/specs/digits.yaml", _spec_arguments, _resume_argument)
     _verb(verbs, show_spec, "print the resolved spec, or its JSON schema", "portaisys spec jobs/specs/digits.yaml train.epochs=3", _optional_spec_arguments, name="spec")
@@ -157,6 +159,14 @@ def _predict_arguments(parser: Any) -> None:
     parser.add_argument("--threads", type=_positive, default=1, help="default: %(default)s")
 
 
+def _convert_arguments(parser: Any) -> None:
+    parser.add_argument("source", metavar="NAME@VERSION|SPEC", help="savedmodel: a version, whose fp32 file is converted; tflite: the spec of a finished run, whose smallest model is")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="tflite: what the run was given")
+    parser.add_argument("--to", required=True, choices=("savedmodel", "tflite"), help="savedmodel: a folder, batch as free as the version's; tflite: a file of batch 1")
+    parser.add_argument("--out", required=True, type=Path, help="what to write; replaced whole, or left as it was")
+    parser.add_argument("--storage", help=f"savedmodel: storage.path of the runs (default: {Storage().path})")
+
+
 def _dim(text: str) -> tuple[str, int, int, int]:
     name, _, sizes = text.rpartition("=")
     parts = sizes.split(":")
@@ -238,6 +248,33 @@ def predict(options: argparse.Namespace) -> None:
 
     opened, rows = answer_file(options.reference, options.data, options.out, Storage(path=options.storage), options.threads)
     console.print(answered_table(opened, rows, options.out))
+
+
+def convert(options: argparse.Namespace) -> None:
+    with Screen() as tell:
+        tell("convert", f"{options.source} to {options.to}")
+        made = _CONVERTERS[options.to](options)
+        tell("convert", "done", 1.0, "done")
+    console.print(converted_table(made))
+
+
+def _to_savedmodel(options: argparse.Namespace) -> Any:
+    from portaisys.convert import saved_model
+
+    if options.overrides:
+        raise UserError(f"{options.overrides[0]}: a version takes no overrides; leave it out")
+    return saved_model(options.source, Storage(path=options.storage) if options.storage else Storage(), options.out)
+
+
+def _to_tflite(options: argparse.Namespace) -> Any:
+    from portaisys.tflite import of_run
+
+    if options.storage:
+        raise UserError(f"--storage: a spec says where its runs are; give storage.path={options.storage}")
+    return of_run(_settled(spec.load(options.source, options.overrides)), options.out)
+
+
+_CONVERTERS = {"savedmodel": _to_savedmodel, "tflite": _to_tflite}
 
 
 def tune(options: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from portaisys import artifact, evaluate, gate
 from portaisys.compress.cast import with_islands
 from portaisys.compress.quantize import quantize
-from portaisys.engine import BACKENDS, TYPED, Arrays, Engine, Options, available, choose, verify
+from portaisys.engine import BACKENDS, TYPED, Arrays, Engine, Options, available, choose, recalled, remembered, verify
 from portaisys.engine.cache import Cache, cache_of, get_or_build, load
 from portaisys.engine.choose import Timed
 from portaisys.engine.onnx_file import Face, face_of, read_onnx
@@ -224,7 +224,7 @@ def _fill(
     calibrates, judges = _halves(samples, bool({*QUANTIZED} & {*order.precisions}) and not face.quantized)
     held = {name: array[judges] for name, array in samples.items()} if face.batch is not None else dict(samples)
     right = reference(source, held, face.batch or 1 if face.batch is not None else AS_IS)
-    options = Options(opt_batch=order.opt_batch, max_batch=order.max_batch or 1, dims=order.dims, threads=order.threads)
+    options = Options(opt_batch=order.opt_batch, max_batch=order.max_batch or 1, dims=order.dims, hint=order.objective, threads=order.threads)
     cache, batches = cache_of(order.storage), _batches(order, face)
     with tempfile.TemporaryDirectory(dir=draft.path) as scratch:
         few = choose.batch_of(held, batches[0] if face.batch != 0 else CAST_ROWS)
@@ -366,7 +366,7 @@ def _write(
     about = {
         "name": order.name, "labels": [], "backends": {precision: judged[precision].backend for precision in admitted}, "precisions": admitted,
         "engines": {precision: f"onnx {precision}" for precision in admitted}, "opt_batch": order.opt_batch, "max_batch": order.max_batch,
-        "min_batch": face.batch or 1, "batched": face.batch is not None, "dims": order.dims, "tolerance": None, "threads": order.threads,
+        "min_batch": face.batch or 1, "batched": face.batch is not None, "dims": order.dims, "tolerance": None, "threads": order.threads, "options": remembered(Options(hint=order.objective)),
         "verdicts": [asdict(one) for one in judged.values()], "lineage": {"onnx": artifact.hash_file(order.onnx)},
     }  # fmt: skip
     (draft.path / "version.json").write_text(json.dumps(about, indent=1, sort_keys=True))
@@ -398,6 +398,6 @@ def benchmark(
     files = {(name, precision): path for name in BACKENDS for precision, path in opened.files.items()}
     if "fp32" in opened.files:
         files |= {(name, "bf16"): opened.files["fp32"] for name in BACKENDS if name not in TYPED}  # another arithmetic on the same file, where a CPU has it
-    options = Options(opt_batch=about["opt_batch"], max_batch=most, dims=tuple(tuple(dim) for dim in about.get("dims", ())), threads=threads)
+    options = recalled(about, "fp32", threads)
     table = choose.measure(files, opened.golden, options, cache_of(storage), batches=sizes, rounds=rounds, tell=tell)
     return opened.version, table

@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from portaisys import evaluate, gate
 from portaisys.artifact import Artifact
 from portaisys.data import Split
-from portaisys.engine import TYPED, CannotExecute, Engine, Options, verify
+from portaisys.engine import TYPED, CannotExecute, Engine, Options, options_of, verify
 from portaisys.engine.cache import Built, cache_of, get_or_build, load
 from portaisys.gate import Decision
 from portaisys.spec import Spec, UserError
 
 Logits = NDArray[np.float32]
 REFERENCE = "dense torch"
+COMPILED = "dense torch.compile"
 DENSE = "dense fp32"
 
 
@@ -85,18 +86,19 @@ class Judgement:
 
 def judge(
     spec: Spec, subjects: Sequence[Subject], dense: Callable[[Logits], Logits], size: Mapping[str, int], test: Split, *, looks: int,
-    also: Sequence[Subject] = (), tell: Callable[[str], None] = lambda text: None,
+    also: Sequence[Subject] = (), compiled: Callable[[Logits], Logits] | None = None, tell: Callable[[str], None] = lambda text: None,
 ) -> Judgement:  # fmt: skip
     """Judge `subjects` (dense fp32 first) against the dense torch model `dense`, a function of rows; `also` are built and not judged.
 
-    `size`: its parameters, macs and size_bytes. `looks`: how many candidates have looked at this test split, these included.
+    `compiled`: the same through torch.compile, timed beside it. `size`: its parameters, macs and size_bytes. `looks`: how many candidates have looked at this test split, these included.
     Raises UserError when the dense engine itself is wrong.
     """
-    options = Options(opt_batch=spec.export.opt_batch, max_batch=spec.export.max_batch, threads=spec.engine.threads)
+    options = options_of(spec.engine, spec.export)
     engines, rows = _engines(spec, subjects, options, tell)
     sizes = sorted({1, 2, spec.export.opt_batch, spec.export.max_batch})
     unsound = {name: verify.problem(engine, {engine.inputs[0].name: test.x[:VERIFIED_ROWS]}, batches=sizes, seed=spec.seed) for name, engine in engines.items()}
-    runs = {REFERENCE: dense} | {name: _run(engine) for name, engine in engines.items()}
+    references = {REFERENCE: dense} | ({COMPILED: compiled} if compiled else {})
+    runs = references | {name: _run(engine) for name, engine in engines.items()}
     tell(f"scoring {len(runs)} engines on {len(test):,} test rows")
     logits = {name: evaluate.predict_rows(run, test.x, spec.export.max_batch) for name, run in runs.items()}
     tell(f"timing them at batch 1, {spec.gate.latency_pairs} interleaved rounds")
@@ -106,7 +108,7 @@ def judge(
     for engine in engines.values():
         engine.close()
 
-    judged = {REFERENCE: _scored(_reference(size), logits, ms, test)}
+    judged = {name: _scored(_reference(name, size), logits, ms, test) for name in references}
     for subject in subjects:
         row = _scored(rows[subject.name], logits, ms, test)
         judged[subject.name] = _sound(_decided(spec, subject, row, judged, logits, ms, test, looks), unsound[subject.name])
@@ -136,8 +138,8 @@ def _row(subject: Subject, built: Built, status: str) -> Row:
     )  # fmt: skip
 
 
-def _reference(size: Mapping[str, int]) -> Row:
-    return Row(REFERENCE, "torch", "fp32", "cpu", "executed", size["parameters"], size["macs"], size["size_bytes"], because="the reference; not served")
+def _reference(name: str, size: Mapping[str, int]) -> Row:
+    return Row(name, "torch", "fp32", "cpu", "executed", size["parameters"], size["macs"], size["size_bytes"], because="the reference; not served" if name == REFERENCE else "timed beside the reference; not served")
 
 
 def _run(engine: Engine) -> Callable[[Logits], Logits]:

@@ -242,7 +242,7 @@ def _log_file(folder: Path, stage: str, key: str) -> Path:
 
 def preflight(options: Spec, splits: Splits, looks: int) -> None:
     """Refuse, before any work is spent, what cannot end well. `looks`: candidates that saw this test split before. Raises UserError."""
-    for name in {options.engine.backend, *options.engine.also_build} - {"auto"}:
+    for name in {options.engine.backend, *options.engine.also_build} - {"auto", "torch"}:
         backend(name).version()
     if options.engine.backend != "auto" and backend(options.engine.backend).device() == "none":
         raise UserError(

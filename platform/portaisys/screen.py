@@ -147,6 +147,18 @@ def answered_table(opened: Any, rows: int, out: Any) -> Table:
     return places
 
 
+def converted_table(made: Any) -> Table:
+    """What was made of what, what it takes and gives, how far its answers are off, and where it is."""
+    places = Table(box=None, show_header=False)
+    inputs, outputs = (", ".join(f"{tensor.name} {tensor.dtype} [{', '.join('any' if size < 0 else str(size) for size in tensor.shape)}]" for tensor in tensors) for tensors in (made.inputs, made.outputs))
+    batches = ", ".join(str(batch or "as is") for batch in made.batches)
+    checked = f"{made.rows} rows in batches {batches}: largest difference {made.max_abs:.2g}"
+    for name, value in (("source", made.source), ("by", made.library), ("takes", inputs), ("gives", outputs), ("checked", checked), *(("note", note) for note in made.notes)):
+        places.add_row(f"[bold]{name}", value)
+    places.add_row("[bold]written", f"{made.path} ({made.size_bytes / 2**20:.2f} MiB)")
+    return places
+
+
 def versions_table(versions: Sequence[Any]) -> Table:
     """One line a version."""
     table = Table("version", "aliases", "verdict", "digest", "run")

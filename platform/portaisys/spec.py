@@ -274,6 +274,7 @@ BACKEND_PRECISIONS: dict[str, tuple[str, ...]] = {"onnxruntime": ("fp32", "int8"
 
 class Engine(Section):
     """`backend` is measured, gated and served; `also_build` are built, and run where the device is there, each in those of the `precisions` it has.
+    `torch` among them has the dense model timed through torch.compile beside the eager one, as a reference: it is never served.
 
     `auto` times what this machine can run and takes the best by `objective`: the least latency at batch 1, or the most
     rows a second whose p99 is within `p99_limit_ms`.
@@ -282,15 +283,30 @@ class Engine(Section):
     backend: Literal["auto", "onnxruntime", "openvino", "tensorrt"] = "onnxruntime"
     objective: Literal["latency", "throughput"] = "latency"
     p99_limit_ms: float | None = Field(None, gt=0)
-    also_build: tuple[Literal["onnxruntime", "openvino", "tensorrt"], ...] = ()
+    also_build: tuple[Literal["onnxruntime", "openvino", "tensorrt", "torch"], ...] = ()
     precisions: tuple[Precision, ...] | None = None
     threads: int = Field(1, ge=1)
+    # ONNX Runtime's: auto is CUDA where onnxruntime-gpu and a GPU are, else the CPU.
+    provider: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
+    # TensorRT's. `slots`: batches in flight on one engine; `sparse`: use 2:4 zeros where weights have them; `workspace_mib`: scratch memory a build may plan with.
+    slots: int = Field(1, ge=1, le=8)
+    cuda_graphs: bool = True
+    workspace_mib: int | None = Field(None, ge=1)
+    optimization_level: int = Field(3, ge=0, le=5)
+    sparse: bool = False
+
+    @field_validator("backend", mode="before")
+    @classmethod
+    def _torch_is_no_engine(cls, backend: Any) -> Any:
+        if backend == "torch":
+            raise ValueError("'torch' is the offline reference and is not served; write also_build: [torch] to have it timed beside the engines")
+        return backend
 
     @model_validator(mode="after")
     def _backend_has_precision(self) -> Engine:
         if self.p99_limit_ms is not None and (self.backend, self.objective) != ("auto", "throughput"):
             raise ValueError(".p99_limit_ms: only a choice by throughput heeds it; set engine.backend=auto and engine.objective=throughput, or leave it out")
-        backends = [*BACKEND_PRECISIONS] if self.backend == "auto" else [self.backend, *self.also_build]
+        backends = [*BACKEND_PRECISIONS] if self.backend == "auto" else [name for name in (self.backend, *self.also_build) if name != "torch"]
         known = dict.fromkeys(precision for backend in backends for precision in BACKEND_PRECISIONS[backend])
         for precision in self.precisions or ():
             if precision not in known:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from portaisys.compress.distill import distillation
 from portaisys.compress.prune import prune
 from portaisys.compress.quantize import quantize
 from portaisys.data import Splits
-from portaisys.engine import BACKENDS, Options, choose, verify
+from portaisys.engine import BACKENDS, Tensor, choose, options_of, remembered, verify
 from portaisys.engine.cache import cache_of, get_or_build, load
+from portaisys.engine.torch import TorchEngine
 from portaisys.export import INPUT, OUTPUT, export
 from portaisys.judge import DENSE, Subject, judge, save_answers
 from portaisys.spec import Distill, Spec, Train, UserError
@@ -197,7 +198,7 @@ def chosen(job: Job, draft: Draft) -> None:
     asked = ("fp32", *job.spec.precisions)
     # Of two fp32 ones the small.
     files = {(name, subject.precision): subject.file for name in BACKENDS for subject in subjects(job.parents, dict.fromkeys(asked, name))}
-    settings = Options(opt_batch=export.opt_batch, max_batch=export.max_batch, threads=options.threads)
+    settings = options_of(options, export)
     batches = sorted({1, export.opt_batch, export.max_batch})
     cache = cache_of(job.spec.storage)
     table = choose.measure(files, {INPUT: job.splits.calibration.x}, settings, cache, batches=batches, rounds=CHOICE_ROUNDS, seed=job.spec.seed, tell=job.tell)
@@ -227,18 +228,26 @@ def judged(job: Job, draft: Draft) -> None:
     """judge: answers.npz, and the table with its verdicts as scores."""
     candidates = subjects(job.parents, _backends(job))
     asked = ("fp32", *job.spec.precisions)
-    also = [subject for name in job.spec.engine.also_build for subject in subjects(job.parents, _on(name, asked))]
+    also = [subject for name in job.spec.engine.also_build if name != "torch" for subject in subjects(job.parents, _on(name, asked))]
     dense = restore(job.spec, job.splits, job.parents["reference"].path)
     size = models.count(dense, job.splits.shape) | {"size_bytes": job.parents["reference"].file(WEIGHTS).stat().st_size}
     # Counted before anyone looks: a run that dies in between has looked all the same.
     looks = job.looks([subject.artifact.digest + (f" {subject.precision}" if subject.precision in ARITHMETIC else "") for subject in candidates])
     with threads(job.spec.engine.threads):
-        judgement = judge(job.spec, candidates, models.predictor(dense), size, job.splits.test, looks=looks, also=also, tell=job.tell)
+        compiled = _compiled(dense, job.splits) if "torch" in job.spec.engine.also_build else None
+        judgement = judge(job.spec, candidates, models.predictor(dense), size, job.splits.test, looks=looks, also=also, compiled=compiled, tell=job.tell)
     save_answers(draft.path / "answers.npz", judgement, job.splits.test)
     # In the digest, unlike the scores: another choice makes another version, the same choice at other milliseconds does not.
     (draft.path / "admitted.json").write_text(json.dumps(judgement.admitted))
     draft.scores.update(judgement.to_dict(), looks=looks)
     draft.notes.extend(f"{row.engine} on {row.backend}: {note}" for row in judgement.rows for note in row.notes)
+
+
+def _compiled(model: nn.Module, splits: Splits) -> Callable[[Any], Any]:
+    """The model through torch.compile as a function of rows."""
+    face = Tensor(INPUT, "float32", (-1, *splits.shape)), Tensor(OUTPUT, "float32", (-1, len(splits.labels)))
+    engine = TorchEngine(model, face[:1], face[1:], compiled=True)
+    return lambda x: engine.run({INPUT: x})[OUTPUT]
 
 
 @contextlib.contextmanager
@@ -270,6 +279,7 @@ def packed(job: Job, draft: Draft) -> None:
         "name": job.spec.name, "labels": list(job.splits.labels), "backends": {precision: subject.backend for precision, subject in best.items()}, "precisions": list(best),
         "engines": {precision: subject.name for precision, subject in best.items()}, "opt_batch": job.spec.export.opt_batch,
         "max_batch": job.spec.export.max_batch, "tolerance": job.spec.export.tolerance, "threads": job.spec.engine.threads, "verdicts": verdict["rows"],
+        "options": remembered(options_of(job.spec.engine, job.spec.export)),
         "lineage": {"data": job.splits.digest, "test": job.splits.test_digest} | {role: parent.digest for role, parent in job.parents.items()},
     }  # fmt: skip
     (draft.path / "version.json").write_text(json.dumps(about, indent=1, sort_keys=True))
@@ -278,7 +288,7 @@ def packed(job: Job, draft: Draft) -> None:
 
 
 def _answers(options: Spec, subject: Subject, rows: Any) -> Any:
-    settings = Options(subject.precision, options.export.opt_batch, options.export.max_batch, threads=options.engine.threads)
+    settings = replace(options_of(options.engine, options.export), precision=subject.precision)
     engine = load(get_or_build(subject.file, subject.backend, settings, cache_of(options.storage)), settings)
     answers = evaluate.predict_rows(lambda x: engine.run({INPUT: x})[OUTPUT], rows, options.export.max_batch)
     engine.close()

@@ -18,7 +18,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +39,7 @@ from ray.tune.search.optuna import OptunaSearch
 from ray.util import placement_group_table, remove_placement_group
 
 from portaisys import artifact, cluster, data, evaluate, launch, metrics, report, spec, stages, store
-from portaisys.engine import Engine, Options
+from portaisys.engine import Engine, options_of
 from portaisys.engine.cache import cache_of, get_or_build, load
 from portaisys.export import INPUT, OUTPUT, export
 from portaisys.launch import Tell
@@ -562,7 +562,7 @@ def _reporter(folder: Path, report: Report) -> Tell:
 
 def _engine(options: Spec, onnx: Path) -> Engine:
     precision = "int8" if options.quantize and "int8" in options.precisions and onnx.parent.name == "quantize" else "fp32"
-    settings = Options(precision, options.export.opt_batch, options.export.max_batch, threads=options.engine.threads)
+    settings = replace(options_of(options.engine, options.export), precision=precision)
     # One backend for all trials, or their latencies would not compare; `auto` is for the run of the best spec.
     backend = "onnxruntime" if options.engine.backend == "auto" else options.engine.backend
     return load(get_or_build(onnx, backend, settings, cache_of(options.storage)), settings)

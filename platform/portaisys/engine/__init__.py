@@ -14,7 +14,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from portaisys.spec import UserError
+from portaisys.spec import Engine as EngineSpec
+from portaisys.spec import Export, UserError
 
 Arrays = Mapping[str, NDArray[Any]]
 Status = Literal["built", "executed"]
@@ -34,8 +35,8 @@ class Options:
     """How an engine is built and run. Batch 1, `opt_batch` and `max_batch` are its profile.
 
     `dims`: any other free dimension by its name in the file, with its least, usual and largest size. `hint`: what is tuned for,
-    "latency" or "throughput". `workspace_mib` (None: the library's default), `optimization_level` (0 to 5) and `sparse` (2:4
-    weights) are TensorRT's. `slots`: batches in flight on one GPU engine.
+    "latency" or "throughput". `provider`: ONNX Runtime's, "auto" is CUDA where there is one. `workspace_mib` (None: the library's
+    default), `optimization_level` (0 to 5) and `sparse` (2:4 weights) are TensorRT's. `slots`: batches in flight on one GPU engine.
     """
 
     precision: str = "fp32"
@@ -43,6 +44,7 @@ class Options:
     max_batch: int = 64
     dims: tuple[tuple[str, int, int, int], ...] = ()
     hint: str = "latency"
+    provider: str = "auto"
     workspace_mib: int | None = None
     optimization_level: int = 3
     sparse: bool = False
@@ -54,6 +56,29 @@ class Options:
         for name, *sizes in (("batch", 1, self.opt_batch, self.max_batch), *self.dims):
             if sizes != sorted(sizes) or sizes[0] < 1:
                 raise UserError(f"engine profile: {name} goes from {sizes[0]} by {sizes[1]} to {sizes[2]}; the least must be 1 or more, the usual between it and the largest")
+
+
+def options_of(engine: EngineSpec, export: Export) -> Options:
+    """The options of a spec's engines, at fp32: whoever builds another precision replaces it."""
+    return Options(
+        "fp32", export.opt_batch, export.max_batch, hint=engine.objective, provider=engine.provider, workspace_mib=engine.workspace_mib,
+        optimization_level=engine.optimization_level, sparse=engine.sparse, threads=engine.threads, slots=engine.slots, cuda_graphs=engine.cuda_graphs,
+    )  # fmt: skip
+
+
+# What a version remembers of the options beside precision, batches and threads: serving builds what was judged.
+REMEMBERED = ("hint", "provider", "workspace_mib", "optimization_level", "sparse", "slots", "cuda_graphs")
+
+
+def remembered(options: Options) -> dict[str, Any]:
+    """What `version.json` keeps of the options."""
+    return {name: getattr(options, name) for name in REMEMBERED}
+
+
+def recalled(about: Mapping[str, Any], precision: str, threads: int) -> Options:
+    """The options out of a `version.json`, as they were judged; of an older version without them, the defaults."""
+    dims = tuple(tuple(dim) for dim in about.get("dims", ()))
+    return Options(precision, about["opt_batch"], about["max_batch"], dims, threads=threads, **about.get("options", {}))
 
 
 # What of the options decides how a built engine is run, not what is built.
@@ -134,4 +159,4 @@ def check_feeds(inputs: Sequence[Tensor], feeds: Arrays) -> int:
     return int(rows.pop())
 
 
-__all__ = ["BACKENDS", "RUN_ONLY", "TYPED", "Arrays", "CannotExecute", "Engine", "Options", "Status", "Tensor", "available", "backend", "check_feeds", "np"]
+__all__ = ["BACKENDS", "REMEMBERED", "RUN_ONLY", "TYPED", "Arrays", "CannotExecute", "Engine", "Options", "Status", "Tensor", "available", "backend", "check_feeds", "np", "options_of", "recalled", "remembered"]

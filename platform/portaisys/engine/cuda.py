@@ -6,11 +6,28 @@ tested on a machine without a GPU against a stand-in of these calls. Knows nothi
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
 
 from portaisys.engine import CannotExecute
+
+
+@functools.cache
+def driver() -> tuple[str, str] | None:
+    """("sm_90", "13.0") of GPU 0, asked of the driver itself: neither building nor naming an engine needs torch. None without one."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    major, minor, api = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    # 75 and 76 are CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.
+    if cuda.cuInit(0) or cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, 0) or cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, 0):
+        return None
+    cuda.cuDriverGetVersion(ctypes.byref(api))
+    return f"sm_{major.value}{minor.value}", f"{api.value // 1000}.{api.value % 1000 // 10}"
 
 
 class Cuda:

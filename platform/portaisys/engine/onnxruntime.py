@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: the default engine, and the reference other engines are compared with.
+"""ONNX Runtime: the default engine, and the reference other engines are compared with. On the CPU, or a GPU where its build has one.
 
 Knows how x86 wants its integers: ORT has fast kernels for unsigned activations only, while the artifact is signed, as
 TensorRT wants it. So the built int8 file differs from the artifact, and must go to no other engine. Knows no accuracy.
@@ -7,7 +7,7 @@ TensorRT wants it. So the built int8 file differs from the artifact, and must go
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from portaisys.artifact import write_bytes
-from portaisys.engine import Arrays, Options, Tensor, check_feeds
-from portaisys.engine.cpu import device
+from portaisys.engine import Arrays, Options, Tensor, check_feeds, cpu
+from portaisys.engine.cuda import driver
 from portaisys.engine.onnx_file import read_for
 from portaisys.engine.verify import answers
 from portaisys.spec import UserError
@@ -33,36 +33,62 @@ _DTYPES = {
 }  # fmt: skip
 
 
+# Providers by their short name, each with those it leaves operators to.
+PROVIDERS = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
+}
+
+
 def version() -> str:
     """Library and version."""
     return f"onnxruntime {onnxruntime.__version__}"
+
+
+def device() -> str:
+    """The kind of CPU, "cpu-avx2"; with the GPU beside it, "cpu-avx2+sm_90", where this build of ONNX Runtime can use it."""
+    return cpu.device() if provider("auto") == "cpu" else f"{cpu.device()}+{(driver() or ('',))[0]}"
+
+
+def provider(asked: str) -> str:
+    """The short name of the provider that `asked` comes to here: "auto" is CUDA where this build and machine have it, else the CPU.
+
+    Raises UserError for one that this build has not.
+    """
+    there = onnxruntime.get_available_providers()
+    if asked == "auto":
+        return "cuda" if PROVIDERS["cuda"][0] in there and driver() else "cpu"
+    if PROVIDERS[asked][0] not in there:
+        raise UserError(f"engine.provider: {asked!r} needs a build of ONNX Runtime that has it (pip install onnxruntime-gpu in place of onnxruntime); this one has {', '.join(there)}")
+    return asked
 
 
 def build(onnx: Path, options: Options, out: Path, kept: Path | None = None) -> list[str]:
     """Write the file this CPU runs best and open it once. Returns notes. Raises UserError when ORT refuses it."""
     model = read_for(onnx, options.precision)
     notes = []
-    if options.precision == "int8" and platform.machine() in _X86:
+    if options.precision == "int8" and platform.machine() in _X86 and provider(options.provider) == "cpu":
         notes = [f"{make_unsigned(model.graph)} int8 activations became uint8, which ONNX Runtime is fast at on x86"]
         write_bytes(out, model.SerializeToString(deterministic=True))
     else:
         write_bytes(out, onnx.read_bytes())
-    _session(out, options, onnx)
+    _session(out, options, onnx, kept)
     return notes
 
 
-def load(built: Path, options: Options, kept: Path | None = None) -> CpuEngine:
-    """Open a built file. Raises UserError when ORT refuses it."""
-    return CpuEngine(_session(built, options, built), options.precision)
+def load(built: Path, options: Options, kept: Path | None = None) -> OrtEngine:
+    """Open a built file. Raises UserError when ORT refuses it, or the provider that was asked for."""
+    return OrtEngine(_session(built, options, built, kept), options.precision, bound=provider(options.provider) != "cpu")
 
 
-class CpuEngine:
-    """An ORT session behind the Engine interface."""
+class OrtEngine:
+    """An ORT session behind the Engine interface. `bound`: inputs and outputs by IO binding, which a GPU wants; on a CPU it saves nothing (docs/log.md)."""
 
     backend = "onnxruntime"
 
-    def __init__(self, session: Any, precision: str) -> None:
-        self._session = session
+    def __init__(self, session: Any, precision: str, *, bound: bool = False) -> None:
+        self._session, self._bound = session, bound
         self.precision, self.device = precision, device()
         self.inputs = tuple(_tensor(node) for node in session.get_inputs())
         self.outputs = tuple(_tensor(node) for node in session.get_outputs())
@@ -71,7 +97,17 @@ class CpuEngine:
         """Outputs for a batch of inputs. Raises UserError for wrong names, types or shapes."""
         check_feeds(self.inputs, feeds)
         names = [tensor.name for tensor in self.outputs]
-        return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+        return dict(zip(names, self._run_bound(names, feeds) if self._bound else self._session.run(names, dict(feeds)), strict=True))
+
+    def _run_bound(self, names: Sequence[str], feeds: Arrays) -> Any:
+        """One copy to the card for each input and one back for each output, however many operators ran on either side."""
+        binding = self._session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name in names:
+            binding.bind_output(name, "cpu")
+        self._session.run_with_iobinding(binding)
+        return binding.copy_outputs_to_cpu()
 
     def close(self) -> None:
         """Free the session."""
@@ -87,23 +123,41 @@ def reference(onnx: Path, feeds: Arrays, batch: int) -> dict[str, NDArray[Any]]:
         session = onnxruntime.InferenceSession(str(onnx), settings, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise UserError(f"{onnx}: ONNX Runtime cannot open it: {str(error).strip()}") from error
-    return answers(CpuEngine(session, "fp32"), feeds, batch)
+    return answers(OrtEngine(session, "fp32"), feeds, batch)
 
 
-def _session(path: Path, options: Options, blame: Path) -> Any:
+def _session(path: Path, options: Options, blame: Path, kept: Path | None) -> Any:
+    chosen = provider(options.provider)
+    given = [(name, _provider_options(name, kept)) for name in PROVIDERS[chosen]]
+    try:
+        session = onnxruntime.InferenceSession(str(path), _settings(options), providers=given)
+    except Exception as error:  # ORT's errors share no base class but Exception
+        raise UserError(f"{blame}: ONNX Runtime cannot open it: {str(error).strip()}") from error
+    if session.get_providers()[0] != PROVIDERS[chosen][0]:  # it goes on with the CPU when a library of the GPU's does not load
+        raise UserError(f"engine.provider: {PROVIDERS[chosen][0]} did not start here (its CUDA libraries?); put them right, or set engine.provider=cpu")
+    return session
+
+
+def _settings(options: Options) -> Any:
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads, settings.inter_op_num_threads = options.threads, 1
     settings.log_severity_level = 3
+    # One plan of memory is kept for each shape that was ever run; without, mixed batches take a fifth less and no more time (docs/log.md).
+    settings.enable_mem_pattern = False
     # Replicas share cores: a thread that spins while it waits takes its neighbour's.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # x86 without VNNI adds pairs of u8 x s8 products in 16 bits, which saturate when a weight is beyond +-64. Measured on
     # such a machine: error 8.8 % instead of 3.3 %. With this ORT makes just those weights unsigned, just on those machines:
     # exact, about 20 % slower. Quantize.reduce_range avoids it at the source.
     settings.add_session_config_entry("session.x64quantprecision", "1")
-    try:
-        return onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ORT's errors share no base class but Exception
-        raise UserError(f"{blame}: ONNX Runtime cannot open it: {str(error).strip()}") from error
+    return settings
+
+
+def _provider_options(name: str, kept: Path | None) -> dict[str, str]:
+    if name == "TensorrtExecutionProvider" and kept is not None:
+        return {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(kept / "onnxruntime-tensorrt")}
+    # Memory is asked for as it is needed: the default doubles it each time, on a card that others use too.
+    return {"arena_extend_strategy": "kSameAsRequested"} if name == "CUDAExecutionProvider" else {}
 
 
 def _tensor(node: Any) -> Tensor:

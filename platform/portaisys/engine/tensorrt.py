@@ -7,7 +7,6 @@ without a GPU, so a graph can be proven acceptable anywhere; running needs a dri
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import importlib
 import re
@@ -17,7 +16,7 @@ from typing import Any
 
 from portaisys.artifact import hash_file, write_bytes
 from portaisys.engine import CannotExecute, Options
-from portaisys.engine.cuda import open_cuda
+from portaisys.engine.cuda import driver, open_cuda
 from portaisys.engine.gpu import GpuEngine, Plan, describe
 from portaisys.engine.onnx_file import face_of, read_for, read_onnx
 from portaisys.spec import UserError
@@ -31,14 +30,14 @@ DEFAULT_TARGET = "SM89"
 def version() -> str:
     """Flavour and version, and the driver's CUDA version where there is one. Raises UserError naming the extra."""
     trt = _trt()
-    driver = _driver()
-    return f"{trt.__name__} {trt.__version__}" + (f", CUDA driver {driver[1]}" if driver else "")
+    found = driver()
+    return f"{trt.__name__} {trt.__version__}" + (f", CUDA driver {found[1]}" if found else "")
 
 
 def device() -> str:
     """Compute capability of the first GPU, "sm_90"; "none" without one."""
-    driver = _driver()
-    return driver[0] if driver else "none"
+    found = driver()
+    return found[0] if found else "none"
 
 
 def _trt() -> Any:
@@ -49,21 +48,6 @@ def _trt() -> Any:
         except ImportError:
             continue
     raise UserError("engine.backend: TensorRT is not installed; pip install 'portaisys[tensorrt-rtx]' (or 'portaisys[tensorrt]' for data-centre GPUs)")
-
-
-@functools.cache
-def _driver() -> tuple[str, str] | None:
-    """("sm_90", "13.0") of GPU 0, asked of the driver itself: neither building nor naming an engine needs torch."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    major, minor, api = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    # 75 and 76 are CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.
-    if cuda.cuInit(0) or cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, 0) or cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, 0):
-        return None
-    cuda.cuDriverGetVersion(ctypes.byref(api))
-    return f"sm_{major.value}{minor.value}", f"{api.value // 1000}.{api.value % 1000 // 10}"
 
 
 @functools.cache
@@ -184,7 +168,7 @@ def _configure(trt: Any, config: Any, options: Options) -> None:
 
 def _target(trt: Any, config: Any) -> list[str]:
     """With a GPU, TensorRT builds for it. RTX without one must be told; the full TensorRT cannot build then."""
-    if _driver() is not None:
+    if driver() is not None:
         return []
     if not hasattr(trt, "ComputeCapability"):
         raise UserError("engine.backend: TensorRT builds only where there is a GPU; here install 'portaisys[tensorrt-rtx]', which builds without one")
@@ -209,7 +193,7 @@ def load(built: Path, options: Options, kept: Path | None = None) -> GpuEngine:
 
     Raises CannotExecute without a driver, without torch's CUDA, or when TensorRT refuses the plan.
     """
-    if _driver() is None:
+    if driver() is None:
         raise CannotExecute("built but not run: this machine has no NVIDIA driver with a GPU (libcuda.so.1)")
     cuda = open_cuda()
     key = hash_file(built), options.cuda_graphs

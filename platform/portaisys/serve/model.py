@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from portaisys import artifact, registry
-from portaisys.engine import Arrays, Engine, Options, Tensor, verify
+from portaisys.engine import Arrays, Engine, Tensor, recalled, verify
 from portaisys.engine.cache import Cache, cache_of, get_or_build, load
 from portaisys.serve.batcher import Batcher, BatchRecord, Outputs
 from portaisys.spec import Storage, UserError
@@ -199,7 +199,7 @@ def _first_that_holds(found: artifact.Artifact, about: Mapping[str, Any], cache:
     """The best admitted precision that gives the golden answers here, and why each better one does not."""
     fallbacks: list[str] = []
     for precision in _candidates(about, limits):
-        options = Options(precision, about["opt_batch"], about["max_batch"], tuple(tuple(dim) for dim in about.get("dims", ())), threads=limits.threads)
+        options = recalled(about, precision, limits.threads)
         try:
             engine = load(get_or_build(found.file(f"{precision}.onnx"), about["backends"][precision], options, cache), options)
         except UserError:
