@@ -62,7 +62,7 @@ def test_a_wrong_override_is_refused(override):
 
 
 def test_torch_is_a_reference_and_no_engine_to_serve_with():
-    with pytest.raises(SpecError, match=r"engine\.backend: 'torch' is the offline reference and is not served; write also_build: \[torch\]"):
+    with pytest.raises(SpecError, match=r"engine\.backend: 'torch': is the offline reference and is not served; write also_build: \[torch\]"):
         spec.parse({"name": "x", "engine": {"backend": "torch"}})
     assert spec.parse({"name": "x", "engine": {"also_build": ["torch", "openvino"], "precisions": ["bf16"]}}).engine.precisions == ("bf16",)
 

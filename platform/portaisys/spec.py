@@ -299,7 +299,7 @@ class Engine(Section):
     @classmethod
     def _torch_is_no_engine(cls, backend: Any) -> Any:
         if backend == "torch":
-            raise ValueError("'torch' is the offline reference and is not served; write also_build: [torch] to have it timed beside the engines")
+            raise ValueError("is the offline reference and is not served; write also_build: [torch] to have it timed beside the engines")
         return backend
 
     @model_validator(mode="after")

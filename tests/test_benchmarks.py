@@ -1,0 +1,26 @@
+"""Benchmarks that measure what this machine has not: their small mode runs here, so that they are ready where it is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from portaisys.engine import tensorrt
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.skipif(tensorrt.device() != "none", reason="this machine has a GPU")
+def test_the_gpu_benchmark_runs_its_cpu_engines_and_builds_its_plans_where_there_is_no_gpu(tmp_path):
+    command = [sys.executable, "benchmarks/gpu.py", "--small", "--model", "cnn", "--json", "--out", str(tmp_path / "gpu.md")]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True).stdout.splitlines()
+    found = json.loads(said[-1])
+    assert found["benchmark"] == "gpu" and found["figures"]["cnn_parity_error"]["value"] < 1e-4 and found["figures"]["cnn_b1_speedup"]["value"] > 0
+    text = (tmp_path / "gpu.md").read_text()
+    for precision in ("fp32", "tf32", "fp16", "bf16", "int8", "int8+fp16", "fp8", "fp8+fp16"):
+        assert f"- tensorrt {precision}: not run: built but not run: this machine has no NVIDIA driver" in text
+    assert all(f"{arm} " in text for arm in ("eager fp32", "torch.compile fp32", "onnxruntime int8", "openvino fp32")) and "EngineValidity.INVALID" in text
