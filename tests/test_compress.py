@@ -10,6 +10,7 @@ from torch import nn
 from portaisys import models, spec
 from portaisys.compress.distill import distillation
 from portaisys.compress.prune import prune
+from portaisys.compress.sparsify import keep_zeros, mask_of, sparsify
 from portaisys.spec import UserError
 
 SHAPE = (1, 8, 8)
@@ -89,3 +90,59 @@ def test_the_teacher_is_left_alone():
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters())
     assert any(p.grad is not None for p in student.parameters())
+
+
+# --- 2:4 sparsity ---------------------------------------------------------------------------------------------------
+
+
+def groups(weight):
+    """[out, ..., in / 4, 4]: the four that lie beside one another in the input channels."""
+    return weight.detach().movedim(1, -1).unflatten(-1, (-1, 4))
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (5, 12, 3, 3)])
+def test_of_every_four_weights_the_two_largest_stay(shape):
+    torch.manual_seed(0)
+    weight = torch.randn(shape)
+    kept = groups(mask_of(weight))
+    assert bool((kept.sum(-1) == 2).all())
+    size = groups(weight).abs()
+    assert bool((torch.where(kept > 0, size, torch.inf).amin(-1) >= torch.where(kept > 0, -torch.inf, size).amax(-1)).all())
+    assert mask_of(torch.ones(1, 4)).tolist() == [[1, 1, 0, 0]]
+
+
+def test_sparsify_leaves_what_it_is_told_and_what_has_no_four_channels():
+    model = convnet()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    names = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    figures = sparsify(model, spec.Sparsify(keep=(names[-1],)))
+    assert figures["sparse_layers"] == len(names) - 2  # all but the stem, which sees one channel, and the head
+    for name in (names[0], names[-1]):
+        assert torch.equal(model.state_dict()[f"{name}.weight"], before[f"{name}.weight"])
+    with pytest.raises(UserError, match=r"compress\.sparsify\.keep: 'body' is none of the layers that 2:4 applies to: "):
+        sparsify(model, spec.Sparsify(keep=("body",)))
+    with pytest.raises(UserError, match="no Linear or Conv2d with a multiple of four input channels is left"):
+        sparsify(nn.Linear(3, 2), spec.Sparsify())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_training_holds_the_zeros_and_moves_the_rest(optimizer):
+    model = convnet()
+    sparsify(model, spec.Sparsify())
+    zero = {name: weight == 0 for name, weight in model.named_parameters()}
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    assert keep_zeros(model) == len([1 for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]) - 1
+    chosen = {"sgd": torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.1), "adamw": torch.optim.AdamW(model.parameters(), 0.01)}[optimizer]
+    for step in range(5):
+        torch.manual_seed(step)
+        F.cross_entropy(model(torch.randn(8, *SHAPE)), torch.arange(8)).backward()
+        chosen.step()
+        chosen.zero_grad()
+    for name, layer in model.named_modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.weight.shape[1] % 4 == 0:
+            weight, held = layer.weight, zero[f"{name}.weight"]
+            assert bool((weight[held] == 0).all()) and bool((weight[~held] != before[f"{name}.weight"][~held]).any())
+
+
+def test_a_dense_model_has_no_zeros_to_hold():
+    assert keep_zeros(convnet()) == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import safetensors.torch
 import torch
 from test_report import CHROMIUM, measured, screenshot
 
@@ -335,6 +336,19 @@ def test_every_precision_that_only_another_backend_has_is_built_there_and_not_ju
         kinds = {tensor.data_type for tensor in onnx.load(outcome.artifacts[stage].file("model.onnx")).graph.initializer}
         assert (onnx.TensorProto.FLOAT16 in kinds) is low, stage
     assert outcome.artifacts["cast-fp16"].scores["islands"] == [] and outcome.artifacts["cast-fp16"].scores["error"] < 0.02
+
+
+def test_a_sparsified_model_is_distilled_with_its_zeros_and_built_for_sparse_kernels(tmp_path):
+    recipe = "compress=[{sparsify: {}}, {distill: {epochs: 1}}]"
+    outcome = launch.run(short(tmp_path, recipe, "train.epochs=1", "engine.also_build=[tensorrt]", "engine.sparse=true", "gate.max_accuracy_drop=0.1"), quiet)
+    assert list(outcome.artifacts)[:3] == ["train", "sparsify-1", "distill-2"]
+    weights = {name: safetensors.torch.load_file(outcome.artifacts[name].file("model.safetensors")) for name in ("sparsify-1", "distill-2")}
+    wide = [name for name, weight in weights["sparsify-1"].items() if weight.ndim > 1 and weight.shape[1] % 4 == 0]
+    assert len(wide) == outcome.artifacts["sparsify-1"].scores["sparse_layers"]
+    for name in wide:
+        before, after = (weights[stage][name] for stage in ("sparsify-1", "distill-2"))
+        assert bool((after[before == 0] == 0).all()) and not torch.equal(before, after), name
+    assert [row["engine"] for row in outcome.rows if row["backend"] == "tensorrt"] == ["dense fp32", "small fp32"]
 
 
 def test_auto_serves_with_the_backend_it_chose_and_keeps_the_table(tmp_path):

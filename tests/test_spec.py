@@ -26,7 +26,7 @@ REFUSED = [
     ({"engine": {"precisions": ["int8"]}}, "engine.precisions: 'int8' needs a quantize step"),
     ({"train": {"batch_size": 7, "num_workers": 2}}, "batch_size 7 is not a multiple of num_workers x accumulate_steps = 2; take 6 or 8"),
     ({"compress": [{"quantize": {}}, {"prune": {}}]}, "must be the last step"),
-    ({"compress": [{"prune": {}, "distill": {}}]}, "exactly one of prune, distill, quantize"),
+    ({"compress": [{"prune": {}, "distill": {}}]}, "exactly one of prune, sparsify, distill, quantize"),
     ({"model": {"channels": [8, 16], "blocks": [1]}}, "model.blocks: 1 values for 2 stages"),
     ({"model": {"name": "transformer", "dim": 30}}, "dim 30 is not a multiple of heads 4"),
     ({"export": {"opt_batch": 99}}, "opt_batch 99 exceeds max_batch 64"),

@@ -207,6 +207,12 @@ class Prune(Section):
         return self
 
 
+class Sparsify(Section):
+    """Two of every four weights become zero, but of the layers in `keep`; worth it only with TensorRT and engine.sparse, before a distill that trains on with the zeros held."""
+
+    keep: tuple[str, ...] = ()
+
+
 class Distill(Section):
     """Fine-tuning against the dense model: alpha * KL at `temperature` + (1 - alpha) * cross entropy."""
 
@@ -230,6 +236,7 @@ class Step(Section):
     """One compression step: exactly one of its keys."""
 
     prune: Prune | None = None
+    sparsify: Sparsify | None = None
     distill: Distill | None = None
     quantize: Quantize | None = None
 
@@ -237,7 +244,7 @@ class Step(Section):
     def _exactly_one(self) -> Step:
         given = [kind for kind in type(self).model_fields if getattr(self, kind) is not None]
         if len(given) != 1:
-            raise ValueError(f"a step holds exactly one of prune, distill, quantize (an empty one is written 'quantize: {{}}'); this has {given or 'none'}")
+            raise ValueError(f"a step holds exactly one of prune, sparsify, distill, quantize (an empty one is written 'quantize: {{}}'); this has {given or 'none'}")
         return self
 
     @property
@@ -245,8 +252,8 @@ class Step(Section):
         return next(kind for kind in type(self).model_fields if getattr(self, kind) is not None)
 
     @property
-    def options(self) -> Prune | Distill | Quantize:
-        return typing.cast("Prune | Distill | Quantize", getattr(self, self.kind))
+    def options(self) -> Prune | Sparsify | Distill | Quantize:
+        return typing.cast("Prune | Sparsify | Distill | Quantize", getattr(self, self.kind))
 
 
 # --- export, engine, gate, search, serve, storage -----------------------------------------------------------------

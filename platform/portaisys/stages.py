@@ -24,6 +24,7 @@ from portaisys.compress.cast import with_islands
 from portaisys.compress.distill import distillation
 from portaisys.compress.prune import prune
 from portaisys.compress.quantize import quantize
+from portaisys.compress.sparsify import keep_zeros, sparsify
 from portaisys.data import Splits
 from portaisys.engine import BACKENDS, Tensor, choose, options_of, remembered, verify
 from portaisys.engine.cache import cache_of, get_or_build, load
@@ -108,6 +109,7 @@ def _dense(job: Fit, options: Spec, splits: Splits, device: str) -> tuple[nn.Mod
 def _distilled(job: Fit, options: Spec, splits: Splits, device: str) -> tuple[nn.Module, Loss | None, Train]:
     recipe = Distill(**job.options)
     student = restore(options, splits, Path(job.parents["student"]))
+    keep_zeros(student)  # of a sparsified one
     teacher = restore(options, splits, Path(job.parents["teacher"])).to(device)
     train = options.train.model_copy(update={"epochs": recipe.epochs, "learning_rate": recipe.learning_rate})
     return student, distillation(teacher, recipe), train
@@ -126,6 +128,15 @@ def pruned(job: Job, draft: Draft) -> None:
     """prune: the parent's model with fewer channels."""
     model = restore(job.spec, job.splits, job.parents["student"].path)
     figures = prune(model, job.splits.shape, spec.Prune(**job.options), len(job.splits.labels))
+    models.save(model, draft.path / WEIGHTS)
+    _describe(model, job, draft)
+    draft.scores.update(figures)
+
+
+def sparsified(job: Job, draft: Draft) -> None:
+    """sparsify: the parent's model with zeros in 2:4."""
+    model = restore(job.spec, job.splits, job.parents["student"].path)
+    figures = sparsify(model, spec.Sparsify(**job.options))
     models.save(model, draft.path / WEIGHTS)
     _describe(model, job, draft)
     draft.scores.update(figures)
@@ -298,6 +309,7 @@ def _answers(options: Spec, subject: Subject, rows: Any) -> Any:
 STAGES: dict[str, Callable[[Job, Draft], None]] = {
     "train": trained,
     "prune": pruned,
+    "sparsify": sparsified,
     "distill": trained,
     "export": exported,
     "quantize": quantized,
