@@ -146,6 +146,15 @@ def test_rtx_builds_every_family_in_eight_bits_with_fp32_and_with_fp16_between(t
         assert (tmp_path / name).stat().st_size > 10_000
 
 
+def test_a_graph_without_weights_is_low_all_the_same(tmp_path):
+    graph = Graph()
+    path = graph.save(tmp_path / "plain.onnx", graph.op("Mul", graph.op("Relu", "x"), "x"), ["batch", 10])
+    cast(path, tmp_path / "low.onnx", "fp16")
+    gpu.build(tmp_path / "low.onnx", Options("fp16"), tmp_path / "plan")
+    with pytest.raises(UserError, match=r"'fp32' was asked for, but the weights in .* are fp16"):
+        gpu.build(tmp_path / "low.onnx", Options("fp32"), tmp_path / "plan")
+
+
 def test_a_graph_that_cannot_be_evaluated_is_said(tmp_path):
     path = cnn(tmp_path / "cnn.onnx")
     model = onnx.load(path)

@@ -59,6 +59,11 @@ def test_answers_are_held_against_a_reference_where_there_is_one():
     assert "from the reference" in verify.problem(Wrong(lambda x: x), {"x": x}, batches=BATCHES, expected={"y": x + 1})
 
 
+def test_answers_of_another_shape_are_far_even_where_numpy_would_broadcast_them():
+    x = np.ones((20, 2), np.float32)
+    assert "y has shape [1, 2, 1] and not [1, 2]" in verify.problem(Wrong(lambda x: x[..., None]), {"x": x}, batches=BATCHES, expected={"y": x})
+
+
 def test_an_unsound_candidate_is_not_admitted_and_an_unsound_dense_engine_ends_the_run():
     row = Row("int8", "onnxruntime", "int8", "cpu", "executed", 1, 1, 1, verdicts={}, admissible=True, because="fast")
     assert _sound(row, "") is row

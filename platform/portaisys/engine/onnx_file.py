@@ -48,6 +48,7 @@ def read_onnx(path: Path, *, external: bool = True) -> Any:
     return model
 
 
+_FLOAT = 1
 _LOW = {10: "fp16", 16: "bf16"}  # TensorProto.FLOAT16 and BFLOAT16
 _FP8 = {17, 18, 19, 20}  # FLOAT8E4M3FN, E4M3FNUZ, E5M2, E5M2FNUZ
 
@@ -56,13 +57,20 @@ def read_for(path: Path, types: str) -> Any:
     """`read_onnx`, and its types are `types` ("fp32", "fp16", "bf16", "int8" or "fp8"): engines take them from the file, not from a flag."""
     model = read_onnx(path, external=False)
     quantized = _quantized_to(model)
-    low = next((_LOW[tensor.data_type] for tensor in model.graph.initializer if tensor.data_type in _LOW), "fp32")
+    low = _low_of(model.graph)
     if quantized != (types if types in ("int8", "fp8") else ""):
         what = f"is quantized to {quantized}" if quantized else f"holds no QuantizeLinear, so an {types} engine of it would be fp32"
         raise UserError(f"engine.precisions: {types!r} was asked for, but {path} {what}; give the file of the right stage (quantize makes the int8 one)")
     if not quantized and types != low:
         raise UserError(f"engine.precisions: {types!r} was asked for, but the weights in {path} are {low}; give the file of the right stage (cast makes the low ones)")
     return model
+
+
+def _low_of(graph: Any) -> str:
+    """"fp16", "bf16" or "fp32", by the weights; where there are none, by what inputs are cast to."""
+    kinds = [tensor.data_type for tensor in graph.initializer if tensor.data_type in (_FLOAT, *_LOW)]
+    kinds = kinds or [attribute.i for node in graph.node if node.op_type == "Cast" for attribute in node.attribute if attribute.name == "to"]
+    return next((_LOW[kind] for kind in kinds if kind in _LOW), "fp32")
 
 
 def _quantized_to(model: Any) -> str:

@@ -81,6 +81,8 @@ def _not_finite(answers: Mapping[str, NDArray[Any]]) -> str:
 def _differs(found: Arrays, right: Arrays, scale: Arrays, precision: str, tolerance: float | None) -> str:
     """The first output that is further from `right` than it may be; integers may not differ at all from exact engines'."""
     for name, array in found.items():
+        if array.shape != right[name].shape:
+            return f"{name} has shape {list(array.shape)} and not {list(right[name].shape)}, far"
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             return f"{name} holds NaN or infinity, far"
         bound = TOLERANCE[precision] * float(np.abs(scale[name].astype(np.float64)).max(initial=0)) if tolerance is None else tolerance
