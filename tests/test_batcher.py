@@ -231,7 +231,66 @@ def test_rows_of_different_shapes_never_share_a_batch() -> None:
         await first
         assert [(await task)["y"].shape for task in tasks] == [(1, 1), (1, 3), (1, 1)]
 
-    assert play(scene).batches == [[0], [1], [2], [3]]
+    assert play(scene).batches == [[0], [1, 3], [2]]  # those of one shape together, whoever came first leading
+
+
+def test_a_lone_request_never_waits_for_company() -> None:
+    async def scene(engine: HeldEngine, batcher: Batcher) -> None:
+        engine.go.set()
+        for value in range(3):
+            assert answer(await batcher.submit(rows(value))) == [2 * value]  # 60 s would fail the scene
+
+    assert play(scene, max_delay_ms=60_000).batches == [[0], [1], [2]]
+
+
+def test_a_higher_priority_goes_first_and_nobody_is_forgotten() -> None:
+    async def scene(engine: HeldEngine, batcher: Batcher) -> None:
+        first = await busy(engine, batcher)
+        tasks = [asyncio.create_task(batcher.submit(rows(value), priority=priority)) for value, priority in ((1, 2), (2, 1), (3, 2), (4, 1))]
+        await asyncio.sleep(0)
+        engine.go.set()
+        assert [answer(await task) for task in (first, *tasks)] == [[0], [2], [4], [6], [8]]
+
+    assert play(scene).batches == [[0], [2, 4], [1, 3]]
+
+
+def test_several_instances_run_at_once() -> None:
+    async def scene(engine: HeldEngine, batcher: Batcher) -> None:
+        tasks = await queue(batcher, rows(*range(8)))
+        while engine.inside < 2:
+            await asyncio.sleep(0.001)
+        engine.go.set()
+        assert answer(await tasks[0]) == [2 * value for value in range(8)]
+
+    engine = play(scene, instances=2)
+    assert engine.most_inside == 2 and len(engine.threads) == 2
+
+
+def test_a_request_that_leaves_is_told_to_nobody_and_frees_its_place() -> None:
+    told: list[Any] = []
+
+    async def scene(engine: HeldEngine, batcher: Batcher) -> None:
+        first = await busy(engine, batcher)
+        pieces = batcher.put(rows(*range(1, 7)), lambda outputs, error: told.append((outputs, error)))
+        assert batcher.queued == 6 and len(pieces) == 2
+        batcher.drop(pieces)
+        batcher.drop(pieces)  # twice does no harm
+        assert batcher.queued == 0
+        engine.go.set()
+        await first
+
+    assert play(scene).batches == [[0]] and told == []
+
+
+def test_the_queue_is_refused_within_milliseconds_while_the_engine_is_held() -> None:
+    async def scene(engine: HeldEngine, batcher: Batcher) -> None:
+        await busy(engine, batcher)
+        await queue(batcher, rows(*range(8)))
+        for _ in range(1000):  # a thousand refusals in well under the scene's limit: none waits for the engine
+            with pytest.raises(QueueFullError):
+                batcher.put(rows(1), lambda outputs, error: None)
+
+    play(scene)
 
 
 def test_an_engine_that_loses_rows_is_a_failure_not_a_shifted_answer() -> None:
@@ -252,7 +311,7 @@ def test_every_run_is_observed_once_with_its_samples() -> None:
         await batcher.submit(rows(1, 2, 3, 4, 5))
 
     play(scene, observe=seen.append)
-    assert [(record.samples, record.failed) for record in seen] == [(4, False), (1, False)]
+    assert [(record.samples, record.requests, record.failed) for record in seen] == [(4, 1, False), (1, 1, False)]
     assert all(record.engine_s > 0 and record.queue_s >= 0 for record in seen)
 
 
