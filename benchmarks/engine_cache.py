@@ -23,7 +23,7 @@ import torch
 
 from portaisys import models, spec
 from portaisys.engine import BACKENDS, Options, backend
-from portaisys.engine.cache import get_or_build
+from portaisys.engine.cache import Cache, get_or_build
 from portaisys.engine.cpu import device
 from portaisys.export import export
 
@@ -40,7 +40,7 @@ def model_file(folder: Path) -> Path:
 
 def timed(onnx: Path, name: str, cache: Path) -> tuple[float, bool]:
     started = time.perf_counter()
-    reused = get_or_build(onnx, name, Options("fp32", 8, 32), cache).reused
+    reused = get_or_build(onnx, name, Options("fp32", 8, 32), Cache(cache)).reused
     return time.perf_counter() - started, reused
 
 

@@ -108,6 +108,25 @@ def test_a_weight_that_fp16_has_not_stays_and_is_noted(tmp_path):
     assert error_of(onnx.load(tmp_path / "low.onnx"), {"x": x}, answers(path, x)) < 0.01
 
 
+def test_a_guard_against_zero_is_not_rounded_to_zero(tmp_path):
+    graph = Graph()
+    least = graph.weight(1)
+    graph.weights[-1] = numpy_helper.from_array(np.array(1e-12, np.float32), least)
+    path = graph.save(tmp_path / "norm.onnx", graph.op("Div", "x", graph.op("Max", graph.op("Abs", "x"), least)), ["batch", 1, 12, 12])
+    notes = cast(path, tmp_path / "low.onnx", "fp16")
+    assert [note for note in notes if "holds numbers that fp16 has not" in note]
+    x = rows(2)
+    x[0] = 0
+    assert np.isfinite(answers(tmp_path / "low.onnx", x)[0]).all()
+
+
+def test_a_quantized_files_flipped_roundings_are_no_reason_for_islands(tmp_path):
+    path = cnn(tmp_path / "cnn.onnx")
+    quantize(path, tmp_path / "int8.onnx", rows(100), Quantize())
+    report = with_islands(tmp_path / "int8.onnx", tmp_path / "mixed.onnx", "fp16", {"x": rows(4)}, 1e-6)
+    assert (report.islands, report.trials) == ((), 1) and report.error > 1e-6
+
+
 def test_the_same_file_gives_the_same_bytes(transformer, tmp_path):
     for name in ("a", "b"):
         cast(transformer, tmp_path / name, "fp16")

@@ -116,9 +116,10 @@ def test_tensorrt_is_imported_nowhere_else():
 def test_options_come_from_the_spec_and_are_remembered_by_a_version():
     engine = spec.Engine(objective="throughput", slots=2, cuda_graphs=False, workspace_mib=64, optimization_level=5, sparse=True, threads=2, provider="cpu")
     options = options_of(engine, spec.Export(opt_batch=4, max_batch=16))
-    assert options == Options("fp32", 4, 16, (), "throughput", "cpu", 64, 5, True, 2, 2, False)
+    assert options == Options("fp32", 4, 16, (), "throughput", "cpu", 64, 5, True, "fp32", 2, 2, False)
+    assert options_of(spec.Engine(backend="openvino", precisions=("fp32", "bf16", "int8")), spec.Export()).rest == "bf16"
     about = {"opt_batch": 4, "max_batch": 16, "dims": [["seq", 1, 2, 3]], "options": remembered(options)}
-    assert recalled(about, "fp32", 2) == Options("fp32", 4, 16, (("seq", 1, 2, 3),), "throughput", "cpu", 64, 5, True, 2, 2, False)
+    assert recalled(about, "fp32", 2) == Options("fp32", 4, 16, (("seq", 1, 2, 3),), "throughput", "cpu", 64, 5, True, "fp32", 2, 2, False)
     assert recalled({"opt_batch": 4, "max_batch": 16}, "int8", 1) == Options("int8", 4, 16)  # published before there were any
     given_apart = {"precision", "opt_batch", "max_batch", "dims", "threads"}
     assert {*REMEMBERED} | given_apart == {*Options.__dataclass_fields__} and {*RUN_ONLY} <= {*Options.__dataclass_fields__}
@@ -355,6 +356,18 @@ def test_openvino_says_what_it_takes_and_what_it_cannot_open(fp32, tmp_path):
     (tmp_path / "half").write_bytes((tmp_path / "engine").read_bytes()[:1000])
     with pytest.raises(UserError, match="half: OpenVINO cannot open it"):
         vino.load(tmp_path / "half", FP32)
+
+
+def test_an_int8_engine_computes_the_rest_in_bf16_only_where_it_was_asked_for_and_the_cpu_has_it(int8, tmp_path):
+    answers = {}
+    for rest in ("fp32", "bf16"):
+        options = Options("int8", rest=rest)
+        vino.build(int8, options, tmp_path / rest)
+        (answers[rest],) = vino.load(tmp_path / rest, options).run({"x": rows(40)}).values()
+    if "bf16" in Path("/proc/cpuinfo").read_text():
+        assert 0 < relative(answers["fp32"], answers["bf16"]) < 0.03
+    else:
+        np.testing.assert_array_equal(answers["fp32"], answers["bf16"])
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 import math
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from portaisys.engine import Tensor
 from portaisys.serve import protocol
 from portaisys.serve.batcher import Batcher
 from portaisys.serve.model import ServedModel
+from portaisys.serve.repository import of_models
 
 WEIGHTS = np.arange(24, dtype=np.float32).reshape(6, 4) / 10
 INFER = "/v2/models/tiny/infer"
@@ -63,10 +65,11 @@ class Server:
         self.batcher = Batcher(engine.run, **{"max_batch": 4, "max_queue": 16, **limits})
         lineage = {"digest": "d" * 64, "serving": {"precision": "fp32"}}
         self.model = ServedModel("tiny", "3", engine, self.batcher, ("cat", "dog", "eel", "fox"), lineage)
+        self.models = of_models(self.model)
 
     def __call__(self, path: str, body: bytes = b"", headers: dict[str, str] | None = None, method: str | None = None) -> protocol.Response:
         method = method or ("POST" if path.endswith("infer") else "GET")
-        return self.runner.run(protocol.handle(method, path, headers or {}, body, {"tiny": self.model}))
+        return self.runner.run(protocol.handle(method, path, headers or {}, body, self.models))
 
     def close(self) -> None:
         self.runner.run(self.model.close())
@@ -104,7 +107,7 @@ def test_health_and_server_metadata_are_what_the_clients_read(server: Server) ->
     assert json.loads(server("/v2/health/ready").body) == {"ready": True}
     about = json.loads(server("/v2").body)
     assert set(about) == {"name", "version", "extensions"} and "binary_tensor_data" in about["extensions"]
-    assert "statistics" not in about["extensions"]  # perf_analyzer would ask for them
+    assert "statistics" in about["extensions"]  # which perf_analyzer then asks for
 
 
 @pytest.mark.parametrize("prefix", ["/v2/models/tiny", "/v2/models/tiny/versions/3"])
@@ -121,7 +124,7 @@ def test_a_model_describes_itself_with_and_without_version(server: Server, prefi
 @pytest.mark.parametrize(
     "path",
     [
-        "", "/", "/v1", "/v2/", "//v2", "/v2/models", "/v2/models/", "/v2/models/other", "/v2/models/tiny/", "/v2/models/tiny/stats",
+        "", "/", "/v1", "/v2/", "//v2", "/v2/models", "/v2/models/", "/v2/models/other", "/v2/models/tiny/", "/v2/models/tiny/statistics",
         "/v2/models/tiny/versions/4", "/v2/models/tiny/versions/3/infer/x", "/v2/models/../tiny", "/v2/models/%2e%2e/infer",
         "/v2/models/t\u0131ny", "/v2/models/tiny\x00", "/v2/models/" + "a" * 10_000, "/v2/models//etc/passwd", "/v2/health/" + "/" * 1000,
     ],
@@ -368,27 +371,46 @@ def test_an_engine_failure_is_a_500_that_leaks_nothing(server: Server, caplog: p
     assert post(server, valid()).status == 200
 
 
+class Held(Linear):
+    """Runs only when it is let go."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+
+    def run(self, feeds: Any) -> dict[str, Any]:
+        assert self.go.wait(20)
+        return super().run(feeds)
+
+
 def test_a_full_queue_is_503_and_says_when_to_come_back() -> None:
-    server = Server(max_batch=4, max_queue=4, max_delay_ms=60_000)
+    engine = Held()
+    server = Server(engine, max_batch=4, max_queue=4)
 
     async def scene() -> protocol.Response:
         body = json.dumps(valid(3)).encode()
-        waiting = asyncio.create_task(protocol.handle("POST", INFER, {}, body, {"tiny": server.model}))
-        await asyncio.sleep(0)
-        refused = await protocol.handle("POST", INFER, {}, body, {"tiny": server.model})
-        waiting.cancel()
+        waiting = []
+        for _ in range(2):  # one in the engine, one in the queue
+            waiting.append(asyncio.create_task(protocol.handle("POST", INFER, {}, body, server.models)))
+            while not server.batcher.busy_s():
+                await asyncio.sleep(0)
+        refused = await protocol.handle("POST", INFER, {}, body, server.models)
+        engine.go.set()
+        assert [reply.status for reply in await asyncio.gather(*waiting)] == [200, 200]
         return refused
 
     refused = server.runner.run(scene())
     says(refused, 503)
-    assert int(refused.headers["Retry-After"]) >= 1
+    assert int(refused.headers["Retry-After"]) >= 1 and server.model.stats.rejected == {"queue_full": 1}
     server.close()
 
 
-def test_the_requests_own_timeout_is_kept() -> None:
-    server = Server(max_delay_ms=60_000)
-    assert "timeout" in says(post(server, {**valid(), "parameters": {"timeout": 1000}}), 503)
-    assert server.batcher.queued == 0
+def test_the_requests_own_timeout_fires_while_it_waits_and_while_it_runs() -> None:
+    engine = Held()
+    server = Server(engine)
+    for _ in range(2):  # the first is in the engine, the second behind it
+        assert "timeout" in says(post(server, {**valid(), "parameters": {"timeout": 1000}}), 503)
+    assert server.batcher.queued == 0 and server.model.stats.rejected == {"timeout": 2}
+    engine.go.set()
     server.close()
 
 

@@ -26,7 +26,7 @@ from portaisys.engine import Options, cache
 from portaisys.serve.app import ServeArgs, _absolute, build_app
 from portaisys.serve.batcher import BatchRecord
 from portaisys.serve.model import Limits, ServedModel, open_version
-from portaisys.serve.ray_metrics import RayMetrics
+from portaisys.serve.ray_metrics import RayMetrics, ReplyMetrics
 from portaisys.spec import Storage, UserError
 
 APP = Path(__file__).parents[1] / "serve_apps" / "digits.yaml"
@@ -120,12 +120,14 @@ def test_relative_storage_is_taken_from_where_the_application_is_built(tmp_path:
 
 
 def test_metrics_are_recorded_by_batch_and_by_reply() -> None:
-    metrics = RayMetrics("digits@production")
-    metrics.reply(200)
-    metrics.reply(503)
-    metrics.batch(BatchRecord(samples=3, queue_s=0.001, engine_s=0.002, failed=True))
-    metrics.fallbacks(["int8: golden answers differ"])
-    assert metrics._replies == {}
+    RayMetrics("digits@production").batch(BatchRecord(samples=3, queue_s=0.001, engine_s=0.002, failed=True))
+    RayMetrics("digits@production").fallbacks(["int8: golden answers differ"])
+    replies = ReplyMetrics()
+    for status in (200, 503, 200):
+        replies.count(status)
+    assert replies._counts == {200: 2, 503: 1}
+    replies.flush()
+    assert replies._counts == {}
 
 
 # --- Ray Serve ----------------------------------------------------------------------------------------------------

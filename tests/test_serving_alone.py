@@ -85,13 +85,13 @@ _ALONE = """
 
     sys.meta_path.insert(0, Absent())
     import portaisys.serve.app
-    from portaisys.serve import model, protocol
+    from portaisys.serve import model, protocol, repository
     from portaisys.spec import Storage
 
     async def main():
         served = model.open_reference("digits@production", Storage.model_validate_json(sys.argv[1]), model.Limits())
         request = {"inputs": [{"name": "x", "shape": [2, 8, 8], "datatype": "FP32", "data": [1.0] * 128}]}
-        reply = await protocol.handle("POST", "/v2/models/digits/infer", {}, json.dumps(request).encode(), {"digits": served})
+        reply = await protocol.handle("POST", "/v2/models/digits/infer", {}, json.dumps(request).encode(), repository.of_models(served))
         await served.close()
         return reply
 

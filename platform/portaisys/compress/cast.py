@@ -33,6 +33,7 @@ UNTOUCHED = {"If", "Loop", "Scan", "ConstantOfShape", "Range", "EyeLike", "Rando
 FP32_INPUTS = {"Resize": (1, 2), "Upsample": (1,)}
 MOST_FP16, LEAST_FP16 = 65504.0, 6e-8
 MOST_TRIALS = 200
+FLIPPED = 0.5  # of the largest answer: beyond it something overflowed
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,13 @@ def with_islands(onnx_in: Path, onnx_out: Path, precision: str, feeds: Arrays, t
     """`cast`, and where the answers to `feeds` are not finite or further than `tolerance` of the largest from fp32's, with fp32 islands.
 
     The islands are a minimal set: QuickXplain (Junker 2004, AAAI, p. 167), about k log(n / k) trials for k islands among n nodes.
-    Raises UserError when no set within MOST_TRIALS trials gives the answers.
+    A quantized file is held against its own answers only FLIPPED near: the least change makes roundings fall the other way, which no
+    island undoes (MiniLM: 0.228, and nearer to fp32 than before); how accurate it is, the gate measures. Raises UserError when no set within MOST_TRIALS trials gives the answers.
     """
     model = _of_opset(read_onnx(onnx_in, external=False), precision)
     right = _answers(onnx_in, model, feeds)
+    if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+        tolerance = max(tolerance, FLIPPED)
     names = [node.name for node in _named(model).graph.node]
     trials = 0
 
@@ -204,7 +208,9 @@ def _stays(node: Any, model: Any, constants: dict[str, Any], precision: str, not
         if tensor is None or tensor.data_type != TensorProto.FLOAT:
             continue
         values = np.abs(numpy_helper.to_array(tensor))
-        if values.size and (values.max() > MOST_FP16 or (node.op_type.endswith("QuantizeLinear") and values.min() < LEAST_FP16)):
+        # A lone number that would become 0 is a guard against dividing by it (F.normalize's 1e-12); among weights it is nothing.
+        vanishes = (values.size == 1 and 0 < values.max() < LEAST_FP16) or (node.op_type.endswith("QuantizeLinear") and values.min(initial=1) < LEAST_FP16)
+        if vanishes or values.max(initial=0) > MOST_FP16:
             notes.append(f"fp16: {node.name} stays in fp32: {name} holds numbers that fp16 has not")
             return True
     return False

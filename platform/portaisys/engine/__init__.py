@@ -48,6 +48,7 @@ class Options:
     workspace_mib: int | None = None
     optimization_level: int = 3
     sparse: bool = False
+    rest: str = "fp32"
     threads: int = 1
     slots: int = 1
     cuda_graphs: bool = True
@@ -62,12 +63,12 @@ def options_of(engine: EngineSpec, export: Export) -> Options:
     """The options of a spec's engines, at fp32: whoever builds another precision replaces it."""
     return Options(
         "fp32", export.opt_batch, export.max_batch, hint=engine.objective, provider=engine.provider, workspace_mib=engine.workspace_mib,
-        optimization_level=engine.optimization_level, sparse=engine.sparse, threads=engine.threads, slots=engine.slots, cuda_graphs=engine.cuda_graphs,
+        optimization_level=engine.optimization_level, sparse=engine.sparse, rest="bf16" if "bf16" in (engine.precisions or ()) else "fp32", threads=engine.threads, slots=engine.slots, cuda_graphs=engine.cuda_graphs,
     )  # fmt: skip
 
 
 # What a version remembers of the options beside precision, batches and threads: serving builds what was judged.
-REMEMBERED = ("hint", "provider", "workspace_mib", "optimization_level", "sparse", "slots", "cuda_graphs")
+REMEMBERED = ("hint", "provider", "workspace_mib", "optimization_level", "sparse", "rest", "slots", "cuda_graphs")
 
 
 def remembered(options: Options) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from portaisys.engine.onnx_file import read_for
 from portaisys.spec import UserError
 
 PRECISIONS = ("fp32", "bf16", "int8")
-# What is not int8 in an int8 file is computed in fp32: then the graph alone says what is computed how.
+# What is not int8 in an int8 file is computed in fp32, unless bf16 was asked for beside it and the CPU has it: `Options.rest`.
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 
 
@@ -37,7 +37,7 @@ def build(onnx: Path, options: Options, out: Path, kept: Path | None = None) -> 
     core = openvino.Core()
     _refuse_without_bf16(core, options.precision)
     try:
-        compiled = core.compile_model(core.read_model(onnx), "CPU", _config(options))
+        compiled = core.compile_model(core.read_model(onnx), "CPU", _config(core, options))
         write_bytes(out, compiled.export_model().getvalue())
     except RuntimeError as error:
         raise UserError(f"{onnx}: OpenVINO cannot compile it: {_reason(error)}") from error
@@ -49,7 +49,7 @@ def load(built: Path, options: Options, kept: Path | None = None) -> OpenVinoEng
     core = _library().Core()
     _refuse_without_bf16(core, options.precision)
     try:
-        return OpenVinoEngine(core.import_model(built.read_bytes(), "CPU", _config(options)), options.precision, _streams(options))
+        return OpenVinoEngine(core.import_model(built.read_bytes(), "CPU", _config(core, options)), options.precision, _streams(options))
     except RuntimeError as error:
         raise UserError(f"{built}: OpenVINO cannot open it: {_reason(error)}") from error
 
@@ -97,11 +97,12 @@ def _library() -> Any:
         raise UserError("engine.backend: OpenVINO is not installed; pip install 'portaisys[openvino]'") from None
 
 
-def _config(options: Options) -> dict[str, Any]:
+def _config(core: Any, options: Options) -> dict[str, Any]:
+    hint = _HINTS["bf16" if options.precision == "int8" and options.rest == "bf16" and _has_bf16(core) else options.precision]
     # Replicas share cores: threads as given, none of them pinned to a core that another replica's may be pinned to as well.
     return {
         "INFERENCE_NUM_THREADS": options.threads, "NUM_STREAMS": _streams(options), "PERFORMANCE_HINT": options.hint.upper(), "ENABLE_CPU_PINNING": False,
-        "INFERENCE_PRECISION_HINT": _HINTS[options.precision],
+        "INFERENCE_PRECISION_HINT": hint,
     }  # fmt: skip
 
 
@@ -109,9 +110,13 @@ def _streams(options: Options) -> int:
     return options.threads if options.hint == "throughput" else 1
 
 
+def _has_bf16(core: Any) -> bool:
+    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def _refuse_without_bf16(core: Any, precision: str) -> None:
     """OpenVINO takes the hint on any CPU and computes in fp32 without a word."""
-    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if precision == "bf16" and not _has_bf16(core):
         raise UserError(f"engine.precisions: 'bf16' has no arithmetic on this CPU ({device()}): it needs AVX-512 BF16 or AMX; leave bf16 out")
 
 

@@ -9,6 +9,7 @@ Knows Ray and the raw HTTP request; what they mean is protocol.py's. Where it is
 # No `from __future__ import annotations` here: Ray reads the annotation of build_app's argument as it stands, and with
 # a string there it hands over an unchecked dict without a word.
 
+import asyncio
 import contextlib
 import logging
 from pathlib import Path
@@ -20,25 +21,32 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from portaisys.serve import protocol
-from portaisys.serve.model import Limits, ServedModel, open_reference
-from portaisys.serve.ray_metrics import RayMetrics
+from portaisys.serve.core import Core, Listen
+from portaisys.serve.model import Limits
+from portaisys.serve.ray_metrics import RayMetrics, ReplyMetrics
+from portaisys.serve.repository import of_storage
 from portaisys.spec import Precision, Storage
 
 logger = logging.getLogger("portaisys.serve")
 
 
 class ServeArgs(BaseModel):
-    """Arguments of the application. `model`: NAME@ALIAS or NAME@VERSION; `max_batch`: None is what the version was verified up to."""
+    """Arguments of the application. `model`: NAME@ALIAS, NAME@VERSION, NAME@latest:2, ..., or several of them; `max_batch`: None is what the version was verified up to.
+
+    `data_port`: where replicas listen themselves, beside the Serve route; those of a machine share it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    model: str
+    model: str | tuple[str, ...]
     storage: Storage = Storage()
     precision: Precision | None = None
     max_batch: int | None = Field(None, ge=1)
     max_delay_ms: float = Field(0.0, ge=0)
     max_queue: int = Field(1024, ge=1)
     threads: int = Field(1, ge=1)
+    data_host: str = "127.0.0.1"
+    data_port: int | None = Field(None, ge=0, le=65535)
     num_replicas: int = Field(1, ge=1)
     num_cpus: float = Field(1.0, ge=0)
     num_gpus: float = Field(0.0, ge=0)
@@ -54,19 +62,28 @@ class ServeArgs(BaseModel):
         return self
 
     @property
+    def references(self) -> tuple[str, ...]:
+        return (self.model,) if isinstance(self.model, str) else self.model
+
+    @property
     def limits(self) -> Limits:
         return Limits(self.max_batch, self.max_delay_ms, self.max_queue, self.threads, self.precision)
 
 
 class Replica:
-    """One process with one engine. Ray sends it requests once the constructor is done, which is when the engine is warm."""
+    """One process with the engines of an application. Ray sends it requests once the constructor is done, which is when they are warm."""
 
     def __init__(self, args: dict[str, Any]) -> None:
         parsed = ServeArgs.model_validate(args)
         _log_where_serve_logs()
-        self._metrics = RayMetrics(parsed.model)
-        self._model: ServedModel = open_reference(parsed.model, parsed.storage, parsed.limits, self._metrics.batch)
-        self._metrics.fallbacks(self._model.fallbacks)
+        self._replies = ReplyMetrics()
+        models = of_storage(parsed.storage, parsed.limits, lambda reference: RayMetrics(reference).batch)
+        listen = Listen(parsed.data_host, parsed.data_port, shared=True)
+        self._core = Core(models, parsed.references, listen, self._replies.count).start()
+        for model in self._core.models.all():
+            RayMetrics(f"{model.name}@{model.version}").fallbacks(model.fallbacks)
+        if self._core.ports:
+            logger.info("listening on %s at %s", parsed.data_host, self._core.ports)
 
     async def __call__(self, request: Request) -> Response:
         try:
@@ -75,20 +92,21 @@ class Replica:
             reply = protocol.error(refused.status, str(refused))
         else:
             path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
-            reply = await protocol.handle(request.method, path, request.headers, body, {self._model.name: self._model})
-        self._metrics.reply(reply.status)
+            reply = await self._core.handle(request.method, path, request.headers, body)
+        self._replies.count(reply.status)
         return Response(reply.body, reply.status, dict(reply.headers))
 
     async def check_health(self) -> None:
         """Ray replaces a replica that raises here."""
-        self._metrics.flush()
-        if not self._model.ready:
-            raise RuntimeError(f"{self._model.name}: the engine has been in one run for {self._model.batcher.busy_s():.0f} s")
+        self._replies.flush()
+        for model in list(self._core.models.all()):
+            if not model.ready:
+                raise RuntimeError(f"{model.name}: the engine has been in one run for {model.batcher.busy_s():.0f} s")
 
     async def __del__(self) -> None:
         # Ray calls this after the replica's last request. The attribute is missing when the constructor raised.
         with contextlib.suppress(AttributeError):
-            await self._model.close()
+            await asyncio.to_thread(self._core.stop)
 
 
 def _log_where_serve_logs() -> None:

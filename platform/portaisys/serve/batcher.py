@@ -142,10 +142,7 @@ class Batcher:
         samples = len(next(iter(feeds.values())))
         self._admit(samples)
         key = priority, shapes or tuple([array.shape[1:] for array in feeds.values()])
-        if samples <= self.max_batch:
-            pieces = [Piece(feeds, samples, key, done)]
-        else:
-            pieces = self._cut(feeds, samples, key, done)
+        pieces = [Piece(feeds, samples, key, done)] if samples <= self.max_batch else self._cut(feeds, samples, key, done)
         waiting = self._queues.get(key)
         if waiting is None:
             waiting = self._queues[key] = deque()

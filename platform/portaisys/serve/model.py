@@ -39,22 +39,47 @@ class Limits:
     precision: str | None = None
 
 
+class BlockedError(UserError):
+    """A version that its gate did not pass."""
+
+
 @dataclass
 class Stats:
-    """Sums since the start."""
+    """Exact sums since the start, added up once a batch. `decode_s` and replies are counted by who answers, and added with the next batch."""
 
     batches: int = 0
     samples: int = 0
+    requests: int = 0
     failed_batches: int = 0
-    engine_s: float = 0.0
+    failed_requests: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
     queue_s: float = 0.0
+    assembly_s: float = 0.0
+    engine_s: float = 0.0
+    deliver_s: float = 0.0
+    decode_s: float = 0.0
+    # samples a batch -> (how often, seconds in the engine)
+    by_size: dict[int, tuple[int, float]] = field(default_factory=dict)
+    last: float = 0.0  # seconds since the epoch, of the last batch
 
     def add(self, record: BatchRecord) -> None:
+        """One run of the engine."""
         self.batches += 1
         self.samples += record.samples
+        self.requests += record.requests
         self.failed_batches += record.failed
+        self.failed_requests += record.requests * record.failed
+        self.queue_s += record.queue_sum_s
+        self.assembly_s += record.assembly_s
         self.engine_s += record.engine_s
-        self.queue_s += record.queue_s
+        self.deliver_s += record.deliver_s
+        count, seconds = self.by_size.get(record.samples, (0, 0.0))
+        self.by_size[record.samples] = count + 1, seconds + record.engine_s
+        self.last = time.time()
+
+    def reject(self, reason: str) -> None:
+        """A request that was not run, by a reason out of a short list."""
+        self.rejected[reason] = self.rejected.get(reason, 0) + 1
 
 
 @dataclass(eq=False)
@@ -70,6 +95,11 @@ class ServedModel:
     fallbacks: Sequence[str] = ()
     stats: Stats = field(default_factory=Stats)
     closed: bool = False
+
+    @property
+    def stamp(self) -> str:
+        """Which engine answers, for a header of every reply: NAME/VERSION PRECISION DIGEST."""
+        return f"{self.name}/{self.version} {self.engine.precision} {str(self.lineage.get('digest', ''))[:12]}"
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -103,7 +133,7 @@ def open_reference(reference: str, storage: Storage, limits: Limits, observe: Ca
     number = str(fetched.version.version)
     version = fetched.version
     if version.verdict != "pass":
-        raise UserError(f"{version}: its verdict is {version.verdict!r} ({version.because}), so it is not served; name a version that passed (portaisys versions {version.name})")
+        raise BlockedError(f"{version}: its verdict is {version.verdict!r} ({version.because}), so it is not served; name a version that passed (portaisys versions {version.name})")
     traced = {"run": version.run_id, "registry": fetched.note or "asked"}
     return open_version(fetched.path, number, cache_of(storage), limits, observe, name=version.name, digest=version.digest, traced=traced)
 

@@ -28,8 +28,11 @@ from numpy.typing import NDArray
 
 import portaisys
 from portaisys.engine import Tensor
-from portaisys.serve.batcher import ClosedError, EngineFailedError, Outputs, QueueFullError, TooManySamplesError
-from portaisys.serve.model import ServedModel
+from portaisys.serve.batcher import PRIORITY, ClosedError, EngineFailedError, Outputs, QueueFullError, TooManySamplesError
+from portaisys.serve.model import BlockedError, ServedModel
+from portaisys.serve.openapi import openapi
+from portaisys.serve.repository import Repository, UnknownModelError
+from portaisys.spec import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +43,8 @@ _IN_THREAD_BYTES = 256 << 10  # decoding more than this (about 2 ms) would hold 
 _COMPRESS_BYTES = 1024  # below, gzip costs more than it saves
 
 _HEADER_LENGTH = "inference-header-content-length"
-_EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration"]
+LINEAGE = "X-Portaisys-Lineage"
+_EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics", "model_repository", "model_repository(unload_dependents)", "lineage"]
 
 
 @dataclass(frozen=True)
@@ -70,12 +74,13 @@ _DATATYPES = {
 
 
 class RefusedError(Exception):
-    """A request that gets an error reply; the message is for the client."""
+    """A request that gets an error reply; the message is for the client, `reason` tells alike statuses apart."""
 
-    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None, reason: str = "") -> None:
         super().__init__(message)
         self.status = status
         self.headers = dict(headers or {})
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,7 @@ class InferRequest:
     wanted: Sequence[Wanted]
     id: str | None = None
     timeout_s: float | None = None
+    priority: int = PRIORITY
 
 
 @dataclass(frozen=True)
@@ -116,13 +122,15 @@ class _Call:
 # --- dispatch -----------------------------------------------------------------------------------------------------
 
 
-async def handle(method: str, path: str, headers: Mapping[str, str], body: bytes, models: Mapping[str, ServedModel]) -> Response:
+async def handle(method: str, path: str, headers: Mapping[str, str], body: bytes, models: Repository) -> Response:
     """Answer one request. `path`: percent-decoded, without the query. Raises nothing but cancellation."""
     call = _Call(method, {name.lower(): value for name, value in headers.items()}, body)
     try:
         return await _route(call, path.split("/")[1:], models)
     except RefusedError as refused:
         return error(refused.status, str(refused), refused.headers)
+    except UnknownModelError as unknown:
+        return error(404, str(unknown))
     except Exception:
         logger.exception("internal error")
         return error(500, "internal error; the server's log has the cause")
@@ -133,43 +141,44 @@ def error(status: int, message: str, headers: Mapping[str, str] | None = None) -
     return _json({"error": message}, status, headers)
 
 
-async def _route(call: _Call, parts: Sequence[str], models: Mapping[str, ServedModel]) -> Response:
+async def _route(call: _Call, parts: Sequence[str], models: Repository) -> Response:
     match parts:
         case ["v2"]:
-            return _get(call, {"name": "portaisys", "version": portaisys.__version__, "extensions": _EXTENSIONS})
+            return _get(call, server_metadata())
         case ["v2", "health", "live"]:
             return _get(call, {"live": True})
         case ["v2", "health", "ready"]:
-            return _ready(call, *models.values())
+            return _ready(call, *models.all())
+        case ["v2", "openapi.json"]:
+            return _get(call, openapi(portaisys.__version__))
+        case ["v2", "models", "stats"]:
+            return _get(call, {"model_stats": [statistics(model) for model in models.all()]})
+        case ["v2", "repository", "index"]:
+            return _index(call, models)
+        case ["v2", "repository", "models", name, ("load" | "unload") as action]:
+            return await _change(call, models, name, action)
         case ["v2", "models", name, "versions", version, *action] if len(action) < 2:
-            return await _act(call, _find(models, name, version), *action)
+            return await _act(call, models.pick(name, version), models, *action)
         case ["v2", "models", name, *action] if len(action) < 2:
-            return await _act(call, _find(models, name), *action)
+            return await _act(call, models.pick(name), models, *action)
     raise RefusedError(404, "no such route; the protocol's are below the path v2")
 
 
-async def _act(call: _Call, model: ServedModel, action: str | None = None) -> Response:
+async def _act(call: _Call, model: ServedModel, models: Repository, action: str | None = None) -> Response:
     match action:
         case None:
-            return _get(call, metadata(model))
+            return _get(call, metadata(model, models.versions(model.name)))
         case "ready":
             return _ready(call, model)
         case "config":
             return _get(call, config(model))
+        case "stats":
+            return _get(call, {"model_stats": [statistics(model)]})
         case "lineage":
             return _get(call, model.lineage)
         case "infer":
             return await _infer(call, model)
-    raise RefusedError(404, "no such route; a model has ready, config, lineage and infer")
-
-
-def _find(models: Mapping[str, ServedModel], name: str, version: str | None = None) -> ServedModel:
-    model = models.get(name)
-    if model is None:
-        raise RefusedError(404, f"unknown model; this server has {', '.join(sorted(models))}")
-    if version not in (None, model.version):
-        raise RefusedError(404, f"unknown version of {model.name}; this server has {model.version}")
-    return model
+    raise RefusedError(404, "no such route; a model has ready, config, stats, lineage and infer")
 
 
 def _get(call: _Call, value: Any) -> Response:
@@ -178,11 +187,50 @@ def _get(call: _Call, value: Any) -> Response:
     return _json(value)
 
 
+def _post(call: _Call) -> dict[str, Any]:
+    """The JSON of a request that changes or lists the repository; nothing is an empty object."""
+    if call.method != "POST":
+        raise RefusedError(405, "this route answers POST", {"Allow": "POST"})
+    return _parse(memoryview(_inflate(call.headers.get("content-encoding", "identity"), call.body))) if call.body else {}
+
+
 def _ready(call: _Call, *models: ServedModel) -> Response:
     reply = _get(call, {"ready": True})
-    if not all(model.ready for model in models):
+    if not models or not all(model.ready for model in models):
         raise RefusedError(503, "not ready", {"Retry-After": "1"})
     return reply
+
+
+def _index(call: _Call, models: Repository) -> Response:
+    ready = _value(_post(call), "ready", bool, False)
+    return _json([row for row in models.index() if not ready or row["state"] == "READY"])
+
+
+async def _change(call: _Call, models: Repository, name: str, action: str) -> Response:
+    """Load NAME (parameter `reference`: which of its versions, "production" by default) or unload it (`version`: only this one)."""
+    parameters = _parameters(_post(call))
+    try:
+        await change(models, name, action, parameters)
+    except BlockedError as blocked:
+        raise RefusedError(409, str(blocked)) from None
+    except UnknownModelError:
+        raise
+    except UserError as problem:
+        raise RefusedError(400, str(problem)) from None
+    return _json({})
+
+
+async def change(models: Repository, name: str, action: str, parameters: Mapping[str, Any]) -> None:
+    """Load or unload, as both protocols ask for it. Raises UserError, UnknownModelError or BlockedError."""
+    if not re.fullmatch("[a-z0-9][a-z0-9_-]{0,62}", name):
+        raise UserError("a model's name is of small letters, digits, - and _, at most 63")
+    if action == "unload":
+        await models.unload(name, _value(parameters, "version", str, None))
+        return
+    which = _value(parameters, "reference", str, "production")
+    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.,:-]{0,100}", which):
+        raise UserError("parameter reference is an alias, a number, numbers with commas, latest, latest:N or all")
+    await models.load(f"{name}@{which}")
 
 
 async def _infer(call: _Call, model: ServedModel) -> Response:
@@ -193,36 +241,72 @@ async def _infer(call: _Call, model: ServedModel) -> Response:
     arguments = call.headers, call.body, model.inputs, model.outputs
     short = len(call.body) < _IN_THREAD_BYTES and "content-encoding" not in call.headers
     request = decode(*arguments) if short else await asyncio.to_thread(decode, *arguments)
-    outputs = await _run(model, request)
+    outputs = await run(model, request)
     body, headers = encode(request, outputs, model)
     return Response(200, *_compress(call.headers.get("accept-encoding", ""), headers, body))
 
 
-async def _run(model: ServedModel, request: InferRequest) -> Outputs:
+async def run(model: ServedModel, request: InferRequest) -> Outputs:
+    """Outputs of a decoded request. Raises RefusedError with the status that says why there are none."""
     try:
         async with asyncio.timeout(request.timeout_s):
-            return await model.infer(request.feeds)
-    except QueueFullError as full:
-        raise RefusedError(503, str(full), {"Retry-After": str(full.retry_after_s)}) from None
-    except TimeoutError:
-        raise RefusedError(503, "not answered within the request's timeout", {"Retry-After": "1"}) from None
-    except ClosedError as closed:
-        raise RefusedError(503, str(closed), {"Retry-After": "1"}) from None
-    except TooManySamplesError as problem:
-        raise RefusedError(400, str(problem)) from None
-    except EngineFailedError as failure:
-        logger.error("%s: %s", model.name, failure, exc_info=failure.__cause__)
-        raise RefusedError(500, str(failure)) from None
+            return await model.batcher.submit(request.feeds, request.priority)
+    except (QueueFullError, TimeoutError, ClosedError, TooManySamplesError, EngineFailedError) as problem:
+        raise refusal(model, problem) from None
+
+
+def refusal(model: ServedModel, problem: Exception) -> RefusedError:
+    """What a client is told when its request was not run or not answered; counted by reason."""
+    match problem:
+        case QueueFullError():
+            model.stats.reject("queue_full")
+            return RefusedError(503, str(problem), {"Retry-After": str(problem.retry_after_s)}, "queue_full")
+        case TimeoutError():
+            model.stats.reject("timeout")
+            return RefusedError(503, "not answered within the request's timeout", {"Retry-After": "1"}, "timeout")
+        case ClosedError():
+            model.stats.reject("unloading")
+            return RefusedError(503, str(problem), {"Retry-After": "1"})
+        case TooManySamplesError():
+            model.stats.reject("too_large")
+            return RefusedError(400, str(problem))
+    logger.error("%s: %s", model.name, problem, exc_info=problem.__cause__ or problem)
+    return RefusedError(500, str(problem) if isinstance(problem, EngineFailedError) else "internal error; the server's log has the cause")
 
 
 # --- what a model says of itself ----------------------------------------------------------------------------------
 
 
-def metadata(model: ServedModel) -> dict[str, Any]:
-    """Name, version, inputs and outputs; the labels stand in the parameters of the output that scores them."""
+def server_metadata() -> dict[str, Any]:
+    """Name, version and extensions of this server."""
+    return {"name": "portaisys", "version": portaisys.__version__, "extensions": _EXTENSIONS}
+
+
+def statistics(model: ServedModel) -> dict[str, Any]:
+    """Triton's statistics of a version: counts and nanoseconds since it was loaded. inference_count: samples; execution_count: batches."""
+    stats = model.stats
+    right, failed = stats.requests - stats.failed_requests, stats.failed_requests + sum(stats.rejected.values())
+    whole = stats.queue_s + stats.assembly_s + stats.engine_s + stats.deliver_s
+    parts = {"queue": stats.queue_s, "compute_input": stats.assembly_s, "compute_infer": stats.engine_s, "compute_output": stats.deliver_s}
+    return {
+        "name": model.name, "version": model.version, "last_inference": int(stats.last * 1e3), "inference_count": stats.samples, "execution_count": stats.batches,
+        "inference_stats": {
+            "success": _spent(right, whole), "fail": _spent(failed, 0), **{name: _spent(stats.requests, seconds) for name, seconds in parts.items()},
+            "cache_hit": _spent(0, 0), "cache_miss": _spent(0, 0),
+        },
+        "batch_stats": [{"batch_size": size, "compute_infer": _spent(count, seconds)} for size, (count, seconds) in sorted(stats.by_size.items())],
+    }  # fmt: skip
+
+
+def _spent(count: int, seconds: float) -> dict[str, int]:
+    return {"count": count, "ns": round(seconds * 1e9)}
+
+
+def metadata(model: ServedModel, versions: Sequence[str]) -> dict[str, Any]:
+    """Name, versions, inputs and outputs; the labels stand in the parameters of the output that scores them."""
     outputs = [{**_describe(tensor), "parameters": {"labels": list(model.labels)}} for tensor in model.outputs]
     return {
-        "name": model.name, "versions": [model.version], "platform": f"portaisys_{model.engine.backend}",
+        "name": model.name, "versions": list(versions), "platform": f"portaisys_{model.engine.backend}",
         "inputs": [_describe(tensor) for tensor in model.inputs], "outputs": outputs,
     }  # fmt: skip
 
@@ -247,20 +331,44 @@ def _configure(tensor: Tensor) -> dict[str, Any]:
 # --- decode -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Head:
+    """The JSON of a request, checked: what is in the body behind it. `entries`: tensor, shape, its bytes in the body (None: `data` holds it)."""
+
+    entries: tuple[tuple[Tensor, tuple[int, ...], int | None, Any], ...]
+    wanted: Sequence[Wanted]
+    id: str | None
+    timeout_s: float | None
+    priority: int
+
+    @property
+    def binary(self) -> bool:
+        """Whether every tensor goes both ways in binary."""
+        return all(size is not None for _, _, size, _ in self.entries) and all(wanted.binary and not wanted.classes for wanted in self.wanted)
+
+
 def decode(headers: Mapping[str, str], body: bytes, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> InferRequest:
     """Body to named arrays. `headers`: lower-case names. Raises RefusedError (400; 413 for a body over the limit)."""
     view = memoryview(_inflate(headers.get("content-encoding", "identity"), body))
     json_bytes = _header_length(headers.get(_HEADER_LENGTH), len(view))
     if json_bytes == 0:
         return _decode_raw(view, inputs, outputs)
-    tree = _parse(view[:json_bytes])
+    head = head_of(view[:json_bytes], inputs, outputs)
+    return InferRequest(feeds_of(head, view[json_bytes:], inputs), head.wanted, head.id, head.timeout_s, head.priority)
+
+
+def head_of(view: memoryview, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Head:
+    """The JSON of a request. Raises RefusedError."""
+    tree = _parse(view)
     parameters = _parameters(tree)
-    return InferRequest(
-        feeds=_feeds(tree, view[json_bytes:], inputs),
-        wanted=_wanted(_list(tree, "outputs"), outputs, binary=_value(parameters, "binary_data_output", bool, False)),
-        id=_value(tree, "id", str, None),
-        timeout_s=_timeout_s(parameters),
-    )
+    entries: dict[str, tuple[Tensor, tuple[int, ...], int | None, Any]] = {}
+    for entry in _list(tree, "inputs"):
+        tensor = _named(entry, inputs, "input", entries)
+        entries[tensor.name] = tensor, _shape(entry, tensor), _value(_parameters(entry), "binary_data_size", int, None), entry.get("data")
+    return Head(
+        tuple(entries.values()), _wanted(_list(tree, "outputs"), outputs, binary=_value(parameters, "binary_data_output", bool, False)), _value(tree, "id", str, None),
+        _timeout_s(parameters), _priority(parameters),
+    )  # fmt: skip
 
 
 def _inflate(encoding: str, body: bytes) -> bytes:
@@ -318,14 +426,12 @@ def _no_constant(_: str) -> None:
     raise ValueError("NaN and Infinity are not JSON")
 
 
-def _feeds(tree: Mapping[str, Any], blobs: memoryview, inputs: Sequence[Tensor]) -> dict[str, NDArray[Any]]:
+def feeds_of(head: Head, blobs: memoryview, inputs: Sequence[Tensor]) -> dict[str, NDArray[Any]]:
+    """The tensors of a request whose JSON is `head`: views into `blobs` where they are binary. Raises RefusedError."""
     feeds: dict[str, NDArray[Any]] = {}
-    for entry in _list(tree, "inputs"):
-        tensor = _named(entry, inputs, "input", feeds)
-        shape = _shape(entry, tensor)
-        size = _value(_parameters(entry), "binary_data_size", int, None)
+    for tensor, shape, size, data in head.entries:
         if size is None:
-            feeds[tensor.name] = _from_json(tensor, shape, entry.get("data"))
+            feeds[tensor.name] = _from_json(tensor, shape, data)
         else:
             if not 0 <= size <= len(blobs):
                 raise RefusedError(400, f"input {tensor.name!r}: binary_data_size exceeds what the body holds")
@@ -437,6 +543,14 @@ def _timeout_s(parameters: Mapping[str, Any]) -> float | None:
     return timeout_us / 1e6 or None
 
 
+def _priority(parameters: Mapping[str, Any]) -> int:
+    """Triton's request parameter `priority`: 1 goes first; 0 and none are the default."""
+    priority = _value(parameters, "priority", int, 0)
+    if not 0 <= priority <= 1000:
+        raise RefusedError(400, "parameter priority is a number from 1, the highest, to 1000")
+    return priority or PRIORITY
+
+
 def _parameters(tree: Mapping[str, Any]) -> dict[str, Any]:
     parameters: dict[str, Any] = _value(tree, "parameters", dict, {})
     if "shared_memory_region" in parameters:
@@ -471,11 +585,21 @@ def encode(request: InferRequest, outputs: Mapping[str, NDArray[Any]], model: Se
     """Reply body and headers. Raises RefusedError when JSON cannot carry an output."""
     blobs: list[bytes] = []
     entries = [_entry(wanted, outputs[wanted.name], model.labels, blobs) for wanted in request.wanted]
-    tree = {"model_name": model.name, "model_version": model.version, "outputs": entries}
-    head = _dump({"id": request.id, **tree} if request.id is not None else tree)
+    head = reply_head(model, request.id, entries)
     if not any(wanted.binary for wanted in request.wanted):
-        return head, {"Content-Type": "application/json"}
-    return b"".join([head, *blobs]), {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head))}
+        return head, {"Content-Type": "application/json", LINEAGE: model.stamp}
+    return b"".join([head, *blobs]), {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head)), LINEAGE: model.stamp}
+
+
+def reply_head(model: ServedModel, id: str | None, entries: Sequence[Mapping[str, Any]]) -> bytes:
+    """The JSON of a reply."""
+    tree = {"model_name": model.name, "model_version": model.version, "outputs": entries}
+    return _dump({"id": id, **tree} if id is not None else tree)
+
+
+def binary_entry(name: str, dtype: str, shape: Sequence[int], size: int) -> dict[str, Any]:
+    """An output whose bytes follow the JSON."""
+    return {"name": name, "datatype": _DATATYPES[dtype].name, "shape": list(shape), "parameters": {"binary_data_size": size}}
 
 
 def _entry(wanted: Wanted, values: NDArray[Any], labels: Sequence[str], blobs: list[bytes]) -> dict[str, Any]:

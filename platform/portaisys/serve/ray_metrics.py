@@ -17,11 +17,10 @@ _MS = [0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000
 
 
 class RayMetrics:
-    """The metrics of one replica, tagged with the reference it was told to serve."""
+    """The metrics of one model of a replica, tagged with the reference it was opened by."""
 
     def __init__(self, reference: str) -> None:
         tags = {"model": reference.partition("@")[0], "reference": reference}
-        self._requests = Counter("portaisys_requests", "Replies by HTTP status", (*_TAGS, "status"))
         self._samples = Counter("portaisys_samples", "Samples run", _TAGS)
         self._failed = Counter("portaisys_failed_batches", "Batches the engine raised on", _TAGS)
         self._fallbacks = Counter("portaisys_precision_fallbacks", "Admitted precisions passed over at start", _TAGS)
@@ -29,12 +28,11 @@ class RayMetrics:
         self._batch = Histogram("portaisys_batch_samples", "Samples a batch", [1, 2, 4, 8, 16, 32, 64, 128, 256], _TAGS)
         self._engine_ms = Histogram("portaisys_engine_ms", "Milliseconds a batch is in the engine", _MS, _TAGS)
         self._queue_ms = Histogram("portaisys_queue_ms", "Milliseconds the oldest sample of a batch waited", _MS, _TAGS)
-        for metric in (self._requests, self._samples, self._failed, self._fallbacks, self._engine_s, self._batch, self._engine_ms, self._queue_ms):
+        for metric in (self._samples, self._failed, self._fallbacks, self._engine_s, self._batch, self._engine_ms, self._queue_ms):
             metric.set_default_tags(tags)
-        self._replies: dict[int, int] = {}
 
     def batch(self, record: BatchRecord) -> None:
-        """Add one run of the engine, and the replies counted since the last one."""
+        """Add one run of the engine."""
         self._batch.observe(record.samples)
         self._queue_ms.observe(record.queue_s * 1e3)
         self._engine_ms.observe(record.engine_s * 1e3)
@@ -42,18 +40,26 @@ class RayMetrics:
         self._samples.inc(record.samples)
         if record.failed:
             self._failed.inc()
-        self.flush()
-
-    def reply(self, status: int) -> None:
-        """Count a reply; it is recorded with the next batch or flush."""
-        self._replies[status] = self._replies.get(status, 0) + 1
-
-    def flush(self) -> None:
-        for status, count in self._replies.items():
-            self._requests.inc(count, {"status": str(status)})
-        self._replies.clear()
 
     def fallbacks(self, reasons: Sequence[str]) -> None:
         """Count the precisions passed over at start."""
         if reasons:
             self._fallbacks.inc(len(reasons))
+
+
+class ReplyMetrics:
+    """Replies of a replica by HTTP status, recorded with each health check: a record costs about as much as a whole request."""
+
+    def __init__(self) -> None:
+        self._requests = Counter("portaisys_requests", "Replies by HTTP status", ("status",))
+        self._counts: dict[int, int] = {}
+
+    def count(self, status: int) -> None:
+        """From any thread; what is lost between two threads that count the same status at the same moment is one."""
+        self._counts[status] = self._counts.get(status, 0) + 1
+
+    def flush(self) -> None:
+        """Record what came since the last time."""
+        counts, self._counts = self._counts, {}
+        for status, count in counts.items():
+            self._requests.inc(count, {"status": str(status)})

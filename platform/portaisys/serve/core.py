@@ -1,0 +1,91 @@
+"""What one replica is, without Ray: a loop in a thread of its own (uvloop) with the models and the ports that answer for them.
+
+Ray Serve's route and the ports run the same code on the same loop, so a batch holds requests of both. Replicas of one machine
+share their ports (SO_REUSEPORT): each serves every model, and the kernel spreads the connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import threading
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import uvloop
+
+from portaisys.serve import protocol
+from portaisys.serve.http import Bounds, Port
+from portaisys.serve.repository import Repository
+from portaisys.spec import UserError
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+DRAIN_S = 15.0
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Where a replica listens itself. None: not at all; 0: any free port."""
+
+    host: str = "127.0.0.1"
+    http_port: int | None = None
+    shared: bool = False
+
+
+class Core:
+    """A replica's loop. `ports`: protocol -> number, as they came to be."""
+
+    def __init__(self, models: Repository, references: Sequence[str], listen: Listen, count: Callable[[int], None] = lambda status: None, bounds: Bounds | None = None) -> None:
+        self.models = models
+        self.ports: dict[str, int] = {}
+        self._references, self._listen = references, listen
+        self._port = Port(models, bounds, count)
+        self._loop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="data_plane", daemon=True)
+        self._stopped = False
+
+    def start(self) -> Core:
+        """Load every model, then listen; returns itself when all are warm. Raises UserError for what cannot be, and nothing is left behind."""
+        self._thread.start()
+        try:
+            for reference in self._references:
+                self.run(self.models.load(reference))
+            if self._listen.http_port is not None:
+                self.ports["http"] = self.run(self._listened(self._listen.http_port))
+        except BaseException:
+            self.stop(drain_s=0)
+            raise
+        # What is there now stays: the collector need not look at it again while requests wait.
+        gc.collect()
+        gc.freeze()
+        return self
+
+    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """The result of `work`, done on this loop; from any other thread."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def handle(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> protocol.Response:
+        """Answer a request that came another way; from any other loop. Cancelling it cancels the request."""
+        asked = asyncio.run_coroutine_threadsafe(protocol.handle(method, path, headers, body, self.models), self._loop)
+        return await asyncio.wrap_future(asked)
+
+    def stop(self, drain_s: float = DRAIN_S) -> None:
+        """Answer what is under way, then close everything; a second call does nothing."""
+        if self._stopped:
+            return
+        self._stopped = True
+        self.run(self._port.drain(drain_s))
+        self.run(self.models.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _listened(self, port: int) -> int:
+        try:
+            return await self._port.listen(self._listen.host, port, shared=self._listen.shared)
+        except OSError as error:
+            raise UserError(f"data_port: cannot listen on {self._listen.host}:{port} ({error.strerror or error}); choose another") from error

@@ -1,0 +1,129 @@
+"""The fast lane: a binary inference request whose JSON was met before goes from its bytes to the batcher without a task or a parser.
+
+Clients repeat themselves: the JSON of one client's requests is the same bytes each time but for its id. What `protocol` made of
+it, and the head of the reply, are remembered by those bytes; everything else about the request is checked as ever. A request
+that is in any way unusual is left to `protocol.handle`. Knows neither sockets nor Ray.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from portaisys.serve import protocol
+from portaisys.serve.batcher import Piece, RowShapes
+from portaisys.serve.model import ServedModel
+from portaisys.serve.protocol import Head, RefusedError
+from portaisys.serve.repository import Repository
+
+REMEMBERED = 1024  # heads; beyond that all are forgotten, which costs each one parse
+MOST_JSON = 4096
+
+# Told once: the JSON of the reply and its tensors, or why there is none.
+Answer = Callable[[bytes, list[NDArray[Any]], "Known"], None]
+Refusal = Callable[[RefusedError], None]
+
+
+@dataclass(eq=False)
+class Known:
+    """What one JSON means for one model. `cuts`: name, dtype, shape and place in the body of every input."""
+
+    model: ServedModel
+    head: Head
+    cuts: list[tuple[str, np.dtype[Any], tuple[int, ...], int, int]]
+    shapes: RowShapes
+    body_bytes: int
+    replies: dict[tuple[tuple[int, ...], ...], bytes] = field(default_factory=dict)  # by the outputs' shapes
+
+    def reply_head(self, outputs: list[NDArray[Any]]) -> bytes:
+        """The JSON before these outputs."""
+        shapes = tuple([array.shape for array in outputs])
+        known = self.replies.get(shapes)
+        if known is None:
+            pairs = zip(self.head.wanted, outputs, strict=True)
+            entries = [protocol.binary_entry(wanted.name, array.dtype.name, array.shape, array.nbytes) for wanted, array in pairs]
+            known = self.replies[shapes] = protocol.reply_head(self.model, self.head.id, entries)
+        return known
+
+
+class FastLane:
+    """Remembers heads of requests to the models of a repository, until those change."""
+
+    def __init__(self, models: Repository) -> None:
+        self._models = models
+        self._known: dict[tuple[str, str | None, bytes], Known] = {}
+        self._generation = -1
+
+    def ask(self, name: str, version: str | None, json_bytes: int, body: bytes, answer: Answer, refused: Refusal) -> tuple[ServedModel, list[Piece], float | None] | None:
+        """Queue the request; what can be dropped, and its timeout in seconds. None: it is not for the fast lane.
+
+        Raises RefusedError or UnknownModelError for a request that is wrong.
+        """
+        begun = time.perf_counter()
+        if self._generation != self._models.generation:
+            self._known.clear()
+            self._generation = self._models.generation
+        known = self._known.get((name, version, body[:json_bytes])) or self._learn(name, version, json_bytes, body)
+        if known is None:
+            return None
+        model = known.model
+        if not model.ready:
+            raise RefusedError(503, "the model is not ready", {"Retry-After": "1"})
+        if len(body) != known.body_bytes:
+            raise RefusedError(400, f"the body is {len(body)} bytes where its JSON and the tensors need {known.body_bytes}")
+        feeds = {}
+        for cut_name, dtype, shape, offset, count in known.cuts:
+            array = np.frombuffer(body, dtype, count, offset)
+            _check(cut_name, dtype, array)
+            feeds[cut_name] = array.reshape(shape)
+        pieces = self._queued(known, feeds, answer, refused)
+        model.stats.decode_s += time.perf_counter() - begun
+        return model, pieces, known.head.timeout_s
+
+    def _queued(self, known: Known, feeds: Mapping[str, NDArray[Any]], answer: Answer, refused: Refusal) -> list[Piece]:
+        model, wanted = known.model, known.head.wanted
+
+        def done(outputs: dict[str, NDArray[Any]] | None, problem: Exception | None) -> None:
+            if outputs is None:
+                assert problem is not None
+                refused(protocol.refusal(model, problem))
+                return
+            arrays = [outputs[one.name] for one in wanted]
+            answer(known.reply_head(arrays), arrays, known)
+
+        try:
+            return model.batcher.put(feeds, done, priority=known.head.priority, shapes=known.shapes)
+        except Exception as problem:
+            raise protocol.refusal(model, problem) from None
+
+    def _learn(self, name: str, version: str | None, json_bytes: int, body: bytes) -> Known | None:
+        model = self._models.pick(name, version)
+        if json_bytes > MOST_JSON:
+            return None
+        head = protocol.head_of(memoryview(body)[:json_bytes], model.inputs, model.outputs)
+        if not head.binary or len(head.entries) != len(model.inputs):
+            return None
+        protocol.feeds_of(head, memoryview(body)[json_bytes:], model.inputs)  # sizes, shapes and batch, checked once in full
+        cuts, offset = [], json_bytes
+        for tensor, shape, size, _ in head.entries:
+            dtype = np.dtype(tensor.dtype).newbyteorder("<")
+            cuts.append((tensor.name, dtype, shape, offset, int(np.prod(shape, dtype=np.int64))))
+            offset += size or 0
+        known = Known(model, head, cuts, tuple([shape[1:] for _, _, shape, _, _ in cuts]), offset)
+        if len(self._known) >= REMEMBERED:
+            self._known.clear()
+        self._known[name, version, body[:json_bytes]] = known
+        return known
+
+
+def _check(name: str, dtype: np.dtype[Any], array: NDArray[Any]) -> None:
+    """The two things that bytes of the right number can still have wrong."""
+    if dtype.kind == "f" and not np.isfinite(array).all():
+        raise RefusedError(400, f"input {name!r} holds NaN, infinity or a number beyond its datatype")
+    if dtype.kind == "b" and array.view(np.uint8).max() > 1:
+        raise RefusedError(400, f"input {name!r}: a BOOL is a byte of 0 or 1")

@@ -1,0 +1,407 @@
+"""The data port: the protocol over HTTP/1.1, straight from the socket (uvloop, httptools), beside Ray Serve's own route.
+
+A connection answers one request at a time, in order. Usual binary requests take the fast lane; all others become one task that
+runs `protocol.handle`, the same code as on the Serve route. Limits here are those of a server that faces a network: header and
+body sizes, time for a request to arrive and for an answer to be taken, connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import ssl
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote
+
+import httptools
+import numpy as np
+from numpy.typing import NDArray
+
+from portaisys.serve import protocol
+from portaisys.serve.batcher import Piece
+from portaisys.serve.fast import FastLane, Known
+from portaisys.serve.model import ServedModel
+from portaisys.serve.protocol import RefusedError, Response
+from portaisys.serve.repository import Repository, UnknownModelError
+
+logger = logging.getLogger(__name__)
+
+_REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 414: "URI Too Long", 431: "Request Header Fields Too Large", 500: "Internal Server Error", 503: "Service Unavailable"}  # fmt: skip
+_LENGTH, _ENCODING, _ACCEPT, _EXPECT, _REQUEST_ID = b"inference-header-content-length", b"content-encoding", b"accept-encoding", b"expect", b"x-request-id"
+_JOINED_BYTES = 64 << 10  # smaller replies are copied into one write; larger ones are handed over as they are
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a client may take: bytes, seconds, connections."""
+
+    header_bytes: int = 32 << 10
+    body_bytes: int = protocol.MAX_BODY_BYTES
+    request_s: float = 30.0  # for a request to arrive whole
+    idle_s: float = 75.0  # between requests
+    write_s: float = 30.0  # for an answer to be taken
+    connections: int = 4096
+    pipelined: int = 32
+
+
+@dataclass(frozen=True, eq=False)
+class _Headers:
+    """Headers of a request as they are needed; a client's next request has the same ones as a rule, so they are read once."""
+
+    raw: tuple[tuple[bytes, bytes], ...]
+    named: Mapping[str, str]
+    json_bytes: int | None  # of a body with binary tensors
+    plain: bool  # nothing that the fast lane does not know
+    request_id: bytes
+
+
+class Port:
+    """A listening data port of one loop."""
+
+    def __init__(self, models: Repository, bounds: Bounds | None = None, count: Callable[[int], None] = lambda status: None) -> None:
+        self.models, self.bounds, self.count = models, bounds or Bounds(), count
+        self.lane = FastLane(models)
+        self.connections: set[Connection] = set()
+        self.draining = False
+        self._server: asyncio.Server | None = None
+        self._sweeper: asyncio.Task[None] | None = None
+
+    async def listen(self, host: str, port: int, *, shared: bool = False, tls: ssl.SSLContext | None = None) -> int:
+        """Begin to answer; returns the port number. `shared`: with other processes of this machine (SO_REUSEPORT). Raises OSError."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: Connection(self), host, port, reuse_port=shared or None, backlog=1024, ssl=tls)
+        self._sweeper = loop.create_task(self._sweep())
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def drain(self, timeout_s: float = 30.0) -> None:
+        """Lose nobody: answers end their connections from now on, the listener closes, and what is under way is finished."""
+        self.draining = True
+        if self._server is not None:
+            self._server.close()
+        deadline = time.monotonic() + timeout_s
+        for connection in list(self.connections):
+            connection.end_if_idle()
+        while self.connections and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        await self.close()
+
+    async def close(self) -> None:
+        """Stop now."""
+        self.draining = True
+        if self._server is not None:
+            self._server.close()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for connection in list(self.connections):
+            connection.abort()
+
+    async def _sweep(self) -> None:
+        """Once a second, end connections whose time is over: one timer for all of them."""
+        while True:
+            await asyncio.sleep(1.0)
+            now = time.monotonic()
+            for connection in list(self.connections):
+                connection.end_if_late(now)
+
+
+class Connection(asyncio.Protocol):
+    """One client. Parsed requests wait in `_waiting` while one is being answered."""
+
+    def __init__(self, port: Port) -> None:
+        self._port, self._bounds = port, port.bounds
+        self._parser = httptools.HttpRequestParser(self)
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._known: _Headers | None = None
+        self._waiting: deque[tuple[str, str, _Headers, bytes, bool]] = deque()
+        self._busy = False
+        self._task: asyncio.Task[None] | None = None
+        self._pieces: tuple[ServedModel, list[Piece]] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._keep_alive, self._writable, self._ended = True, True, False
+        self._deadline = time.monotonic() + self._bounds.request_s
+        self._reset()
+
+    def _reset(self) -> None:
+        self._url = b""
+        self._head_bytes = 0
+        self._headers = []
+        self._body: list[bytes] = []
+        self._body_bytes = 0
+        self._fresh = True
+
+    # --- from the socket ----------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
+        self._transport: Any = transport
+        self._port.connections.add(self)
+        if len(self._port.connections) > self._bounds.connections or self._port.draining:
+            self._refuse(503, "too many connections", {"Retry-After": "1"})
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Whoever left needs no answer: what waits leaves the queue."""
+        self._port.connections.discard(self)
+        self._ended = True
+        self._waiting.clear()
+        self._forget()
+        if self._task is not None:
+            self._task.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        if self._ended:
+            return
+        if self._fresh and not self._busy:
+            self._fresh = False
+            self._deadline = time.monotonic() + self._bounds.request_s
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._refuse(400, "this port speaks HTTP/1.1 only")
+        except _RefusedEarly as refused:
+            self._refuse(refused.status, str(refused))
+        except httptools.HttpParserCallbackError as error:
+            early = error.__context__
+            if isinstance(early, _RefusedEarly):
+                self._refuse(early.status, str(early))
+            else:
+                logger.error("internal error", exc_info=early)
+                self._refuse(500, "internal error; the server's log has the cause")
+        except httptools.HttpParserError:
+            self._refuse(400, "this is no HTTP/1.1 request")
+
+    def eof_received(self) -> bool:
+        """Half closed: an answer that is under way is still sent."""
+        self._keep_alive = False
+        return self._busy
+
+    def pause_writing(self) -> None:
+        self._writable = False
+        self._deadline = time.monotonic() + self._bounds.write_s
+
+    def resume_writing(self) -> None:
+        self._writable = True
+        self._next()
+
+    def end_if_late(self, now: float) -> None:
+        """Called once a second."""
+        if self._ended or now < self._deadline:
+            return
+        if not self._writable:
+            self.abort()
+        elif not self._busy:
+            if self._fresh:
+                self._transport.close()
+            else:
+                self._refuse(408, f"the request did not arrive within {self._bounds.request_s:g} s")
+
+    def end_if_idle(self) -> None:
+        """Close, unless a request is under way, whose answer then does."""
+        if not self._busy and self._fresh:
+            self._transport.close()
+
+    def abort(self) -> None:
+        self._ended = True
+        self._transport.abort()
+
+    # --- from the parser ----------------------------------------------------------------------------------------------
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+        self._count(len(url), 414, "the URL")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers.append((name, value))
+        self._count(len(name) + len(value) + 4, 431, "the headers")
+
+    def _count(self, size: int, status: int, what: str) -> None:
+        self._head_bytes += size
+        if self._head_bytes > self._bounds.header_bytes:
+            raise _RefusedEarly(status, f"{what} exceed {self._bounds.header_bytes} bytes")
+
+    def on_headers_complete(self) -> None:
+        raw = tuple(self._headers)
+        if self._known is None or self._known.raw != raw:
+            self._known = _read_headers(raw)
+        length = self._known.named.get("content-length", "")
+        if length.isdecimal() and int(length) > self._bounds.body_bytes:
+            raise _RefusedEarly(413, f"the body exceeds {self._bounds.body_bytes} bytes; send fewer samples a request")
+        if self._known.named.get("expect", "").lower() == "100-continue" and not self._busy:
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def on_body(self, chunk: bytes) -> None:
+        self._body.append(chunk)
+        self._body_bytes += len(chunk)
+        if self._body_bytes > self._bounds.body_bytes:
+            raise _RefusedEarly(413, f"the body exceeds {self._bounds.body_bytes} bytes; send fewer samples a request")
+
+    def on_message_complete(self) -> None:
+        assert self._known is not None
+        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        method = self._parser.get_method().decode("ascii", "replace")
+        request = method, self._url.decode("latin-1"), self._known, body, self._parser.should_keep_alive()
+        self._reset()
+        if self._busy or not self._writable:
+            self._waiting.append(request)
+            if len(self._waiting) >= self._bounds.pipelined:
+                self._transport.pause_reading()
+        else:
+            self._answer(*request)
+
+    # --- answers ------------------------------------------------------------------------------------------------------
+
+    def _answer(self, method: str, url: str, headers: _Headers, body: bytes, keep_alive: bool) -> None:
+        self._busy, self._keep_alive = True, keep_alive
+        if headers.plain and headers.json_bytes and method == "POST" and (found := _infer_path(url)):
+            try:
+                asked = self._port.lane.ask(*found, headers.json_bytes, body, self._send_tensors, self._send_refusal)
+            except RefusedError as refused:
+                self._send_refusal(refused)
+                return
+            except UnknownModelError as unknown:
+                self._send_refusal(RefusedError(404, str(unknown)))
+                return
+            if asked is not None:
+                model, pieces, timeout_s = asked
+                self._pieces = model, pieces
+                if timeout_s is not None:
+                    self._timer = asyncio.get_running_loop().call_later(timeout_s, self._timed_out)
+                return
+        self._task = asyncio.get_running_loop().create_task(self._handle(method, url, headers, body))
+
+    async def _handle(self, method: str, url: str, headers: _Headers, body: bytes) -> None:
+        path = unquote(url.partition("?")[0])
+        try:
+            reply = await protocol.handle(method, path, headers.named, body, self._port.models)
+        except asyncio.CancelledError:
+            return
+        self._task = None
+        self._send(reply, headers.request_id, head_only=method == "HEAD")
+
+    def _timed_out(self) -> None:
+        if self._pieces is not None:
+            model, _ = self._pieces
+            self._forget()
+            self._send_refusal(protocol.refusal(model, TimeoutError()))
+
+    def _forget(self) -> None:
+        """Nobody waits for what was asked any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._pieces is not None:
+            model, pieces = self._pieces
+            self._pieces = None
+            model.batcher.drop(pieces)
+
+    def _send_tensors(self, head: bytes, arrays: list[NDArray[Any]], known: Known) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._pieces = None
+        if self._ended:
+            return
+        blobs: list[Any] = [array.data if array.flags.c_contiguous else np.ascontiguousarray(array).data for array in arrays]
+        size = len(head) + sum([array.nbytes for array in arrays])
+        identified = b"" if self._known is None or not self._known.request_id else b"X-Request-ID: %b\r\n" % self._known.request_id
+        lines = b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nInference-Header-Content-Length: %d\r\nContent-Length: %d\r\n%b: %b\r\n%b%b\r\n" % (
+            len(head), size, _LINEAGE, known.model.stamp.encode(), identified, self._closing(),
+        )  # fmt: skip
+        self._port.count(200)
+        if size < _JOINED_BYTES:
+            self._transport.write(b"".join([lines, head, *blobs]))
+        else:
+            self._transport.writelines([lines, head, *[blob.cast("B") for blob in blobs]])
+        self._done()
+
+    def _send_refusal(self, refused: RefusedError) -> None:
+        self._pieces = None
+        self._send(protocol.error(refused.status, str(refused), refused.headers), b"" if self._known is None else self._known.request_id)
+
+    def _send(self, reply: Response, request_id: bytes = b"", *, head_only: bool = False) -> None:
+        if self._ended:
+            return
+        lines = [f"HTTP/1.1 {reply.status} {_REASONS.get(reply.status, 'Error')}", *(f"{name}: {value}" for name, value in reply.headers.items()), f"Content-Length: {len(reply.body)}"]
+        head = "\r\n".join(lines).encode("latin-1") + b"\r\n" + (b"X-Request-ID: %b\r\n" % request_id if request_id else b"") + self._closing() + b"\r\n"
+        self._port.count(reply.status)
+        self._transport.write(head if head_only else head + reply.body)
+        self._done()
+
+    def _closing(self) -> bytes:
+        if self._port.draining:
+            self._keep_alive = False
+        return b"" if self._keep_alive else b"Connection: close\r\n"
+
+    def _done(self) -> None:
+        """The request is answered: the next one, or none."""
+        self._busy = False
+        self._deadline = time.monotonic() + (self._bounds.idle_s if self._writable else self._bounds.write_s)
+        if not self._keep_alive:
+            self._ended = True
+            self._transport.close()
+            return
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._next)  # not from here: a thousand pipelined requests would be a thousand frames deep
+
+    def _next(self) -> None:
+        if self._waiting and not self._busy and self._writable and not self._ended:
+            request = self._waiting.popleft()
+            if len(self._waiting) < self._bounds.pipelined:
+                with contextlib.suppress(RuntimeError):  # it was not paused
+                    self._transport.resume_reading()
+            self._answer(*request)
+
+    def _refuse(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+        """What came is no request that can be answered and gone on after. Answers under way go first, or not at all."""
+        if self._ended:
+            return
+        self._keep_alive = False
+        self._waiting.clear()
+        if self._busy:
+            self.abort()
+        else:
+            self._send(protocol.error(status, message, headers))
+
+
+class _RefusedEarly(Exception):
+    """A request that is refused before it has come whole."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+_LINEAGE = protocol.LINEAGE.encode()
+_SMUGGLING = "a request has one Content-Length or one Transfer-Encoding, not both and neither twice"
+
+
+def _read_headers(raw: tuple[tuple[bytes, bytes], ...]) -> _Headers:
+    named: dict[str, str] = {}
+    for name, value in raw:
+        lower = name.decode("latin-1").lower()
+        if lower in named and lower in ("content-length", "transfer-encoding", "content-encoding", "inference-header-content-length", "host", "authorization"):
+            raise _RefusedEarly(400, _SMUGGLING if lower in ("content-length", "transfer-encoding") else f"header {lower} stands twice")
+        named[lower] = value.decode("latin-1")
+    if "content-length" in named and "transfer-encoding" in named:
+        raise _RefusedEarly(400, _SMUGGLING)
+    length = named.get("inference-header-content-length", "")
+    json_bytes = int(length) if length.isdecimal() and len(length) < 10 else None
+    plain = "content-encoding" not in named and named.get("accept-encoding", "identity") in ("identity", "*", "")
+    request_id = named.get("x-request-id", "")
+    safe = request_id.isprintable() and request_id.isascii() and len(request_id) <= 128
+    return _Headers(raw, named, json_bytes, plain, request_id.encode() if safe else b"")
+
+
+def _infer_path(url: str) -> tuple[str, str | None] | None:
+    """Model and version out of the path of an inference request, as clients write it."""
+    if not url.startswith("/v2/models/") or not url.endswith("/infer"):
+        return None
+    middle = url[11:-6]
+    name, slash, version = middle.partition("/versions/")
+    if "/" in name or "%" in middle or "?" in middle or (slash and not version.isdecimal()):
+        return None
+    return name, version or None
