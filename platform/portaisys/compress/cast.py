@@ -33,6 +33,7 @@ UNTOUCHED = {"If", "Loop", "Scan", "ConstantOfShape", "Range", "EyeLike", "Rando
 FP32_INPUTS = {"Resize": (1, 2), "Upsample": (1,)}
 MOST_FP16, LEAST_FP16 = 65504.0, 6e-8
 MOST_TRIALS = 200
+GUARDED, GUARD = {"Max", "Clip", "Add"}, 6.2e-5  # fp16's least normal number, and no more
 FLIPPED = 0.5  # of the largest answer: beyond it something overflowed
 
 
@@ -208,12 +209,21 @@ def _stays(node: Any, model: Any, constants: dict[str, Any], precision: str, not
         if tensor is None or tensor.data_type != TensorProto.FLOAT:
             continue
         values = np.abs(numpy_helper.to_array(tensor))
-        # A lone number that would become 0 is a guard against dividing by it (F.normalize's 1e-12); among weights it is nothing.
-        vanishes = (values.size == 1 and 0 < values.max() < LEAST_FP16) or (node.op_type.endswith("QuantizeLinear") and values.min(initial=1) < LEAST_FP16)
+        if _guards(node, values):
+            notes.append(f"fp16: {node.name}: {name} is {float(values.max()):.0e}, which would be 0: it becomes {GUARD:.0e}, still no division by zero")
+            continue
+        vanishes = values.size == 1 and 0 < values.max() < LEAST_FP16  # among weights it is nothing
+        if node.op_type.endswith("QuantizeLinear"):
+            vanishes = values.min(initial=1) < LEAST_FP16
         if vanishes or values.max(initial=0) > MOST_FP16:
             notes.append(f"fp16: {node.name} stays in fp32: {name} holds numbers that fp16 has not")
             return True
     return False
+
+
+def _guards(node: Any, values: NDArray[Any]) -> bool:
+    """Whether these are a guard against dividing by zero, as F.normalize's 1e-12 and BatchNorm's 1e-5, that fp16 would make zero."""
+    return node.op_type in GUARDED and values.size == 1 and 0 < float(values.max()) < LEAST_FP16
 
 
 def _captured(node: Any) -> Iterator[str]:
@@ -239,6 +249,8 @@ def _retype(node: Any, low: int) -> None:
 
 def _low_constant(tensor: Any, name: str, precision: str, low: int) -> Any:
     values = numpy_helper.to_array(tensor)
+    if precision == "fp16" and values.size == 1 and 0 < float(np.abs(values).max()) < LEAST_FP16:  # a guard: other nodes with such numbers stay in fp32
+        values = np.full_like(values, GUARD)
     made = numpy_helper.from_array(values.astype(helper.tensor_dtype_to_np_dtype(low)), f"{name}.{precision}")
     assert made.data_type == low
     return made

@@ -174,7 +174,7 @@ class Batcher:
 
     def busy_s(self) -> float:
         """Seconds the longest of the present runs has taken; 0 when no engine runs."""
-        return time.perf_counter() - min(self._running.values(), default=time.perf_counter())
+        return time.perf_counter() - min(self._running.values()) if self._running else 0.0
 
     def _started(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
