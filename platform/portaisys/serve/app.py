@@ -47,6 +47,8 @@ class ServeArgs(BaseModel):
     threads: int = Field(1, ge=1)
     data_host: str = "127.0.0.1"
     data_port: int | None = Field(None, ge=0, le=65535)
+    tls_cert: str = ""
+    tls_key: str = ""
     num_replicas: int = Field(1, ge=1)
     num_cpus: float = Field(1.0, ge=0)
     num_gpus: float = Field(0.0, ge=0)
@@ -78,7 +80,7 @@ class Replica:
         _log_where_serve_logs()
         self._replies = ReplyMetrics()
         models = of_storage(parsed.storage, parsed.limits, lambda reference: RayMetrics(reference).batch)
-        listen = Listen(parsed.data_host, parsed.data_port, shared=True)
+        listen = Listen(host=parsed.data_host, http_port=parsed.data_port, tls_cert=parsed.tls_cert, tls_key=parsed.tls_key, shared=True)
         self._core = Core(models, parsed.references, listen, self._replies.count).start()
         for model in self._core.models.all():
             RayMetrics(f"{model.name}@{model.version}").fallbacks(model.fallbacks)

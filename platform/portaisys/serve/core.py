@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import ssl
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,10 +30,12 @@ DRAIN_S = 15.0
 
 @dataclass(frozen=True)
 class Listen:
-    """Where a replica listens itself. None: not at all; 0: any free port."""
+    """Where a replica listens itself. None: not at all; 0: any free port. `tls_cert`, `tls_key`: PEM files; empty: in the clear."""
 
     host: str = "127.0.0.1"
     http_port: int | None = None
+    tls_cert: str = ""
+    tls_key: str = ""
     shared: bool = False
 
 
@@ -86,6 +89,19 @@ class Core:
 
     async def _listened(self, port: int) -> int:
         try:
-            return await self._port.listen(self._listen.host, port, shared=self._listen.shared)
+            return await self._port.listen(self._listen.host, port, shared=self._listen.shared, tls=_tls(self._listen))
         except OSError as error:
             raise UserError(f"data_port: cannot listen on {self._listen.host}:{port} ({error.strerror or error}); choose another") from error
+
+
+def _tls(listen: Listen) -> ssl.SSLContext | None:
+    """Raises UserError when there is no certificate or key, or they do not belong together."""
+    if not listen.tls_cert:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(listen.tls_cert, listen.tls_key or None)
+    except OSError as error:  # ssl's own errors are OSErrors too
+        raise UserError(f"tls_cert: {listen.tls_cert} with tls_key {listen.tls_key or '(in the same file)'} cannot be used ({error.strerror or error}); name PEM files that belong together") from error
+    return context

@@ -122,7 +122,7 @@ class Connection(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
         self._pieces: tuple[ServedModel, list[Piece]] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._keep_alive, self._writable, self._ended = True, True, False
+        self._keep_alive, self._writable, self._ended, self._deaf = True, True, False, False
         self._deadline = time.monotonic() + self._bounds.request_s
         self._reset()
 
@@ -144,7 +144,7 @@ class Connection(asyncio.Protocol):
             self._refuse(503, "too many connections", {"Retry-After": "1"})
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Whoever left needs no answer: what waits leaves the queue."""
+        """Whoever left needs no answer: what waits leaves the queue. One that only stopped sending is taken for gone too, as other servers do."""
         self._port.connections.discard(self)
         self._ended = True
         self._waiting.clear()
@@ -153,15 +153,15 @@ class Connection(asyncio.Protocol):
             self._task.cancel()
 
     def data_received(self, data: bytes) -> None:
-        if self._ended:
+        if self._ended or self._deaf:
             return
         if self._fresh and not self._busy:
             self._fresh = False
             self._deadline = time.monotonic() + self._bounds.request_s
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._refuse(400, "this port speaks HTTP/1.1 only")
+        except httptools.HttpParserUpgrade:  # nobody need follow a wish for another protocol: the request is answered, what comes after it is not read
+            self._keep_alive, self._deaf = False, True
         except _RefusedEarly as refused:
             self._refuse(refused.status, str(refused))
         except httptools.HttpParserCallbackError as error:
@@ -173,11 +173,6 @@ class Connection(asyncio.Protocol):
                 self._refuse(500, "internal error; the server's log has the cause")
         except httptools.HttpParserError:
             self._refuse(400, "this is no HTTP/1.1 request")
-
-    def eof_received(self) -> bool:
-        """Half closed: an answer that is under way is still sent."""
-        self._keep_alive = False
-        return self._busy
 
     def pause_writing(self) -> None:
         self._writable = False
