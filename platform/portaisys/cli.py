@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _verb(verbs, versions, "list the versions of a name", "portaisys versions digits", _name_argument, _storage_arguments)
     _verb(verbs, promote, "put a version with a passing verdict in production", "portaisys promote digits@2", _version_argument, _because_arguments, _storage_arguments)
     _verb(verbs, rollback, "put back the version that was in production before", "portaisys rollback digits", _name_argument, _because_arguments, _storage_arguments)
+    _verb(verbs, traffic, "a canary that answers a share of the requests, a shadow whose answers are compared", "portaisys traffic digits --canary 3 --percent 10 --shadow 4", _name_argument, _traffic_arguments, _because_arguments, _storage_arguments)
     _verb(verbs, ledger, "show and check the append-only ledger", "portaisys ledger", _storage_arguments)
     _verb(verbs, serve, "serve a version over HTTP with Ray Serve", "portaisys serve digits@production", _version_argument, _serve_arguments, _storage_arguments)
     _verb(verbs, cache, "list, check or shrink the cache of built engines", "portaisys cache prune --max-gib 5", _cache_arguments)
@@ -113,6 +114,15 @@ def _version_argument(parser: Any) -> None:
 
 def _because_arguments(parser: Any) -> None:
     parser.add_argument("--because", default="", help="a reason for the ledger")
+
+
+def _traffic_arguments(parser: Any) -> None:
+    parser.add_argument("--canary", type=_positive, help="a version that answers --percent of the requests that name none")
+    parser.add_argument("--percent", type=float, default=10.0, help="of the canary (default: %(default)s)")
+    parser.add_argument("--by", default="", metavar="HEADER", help="decide by the value of this header, so that one value stays on one side")
+    parser.add_argument("--shadow", type=_positive, help="a version that is asked too; its answers are compared, never returned")
+    parser.add_argument("--shadow-percent", type=float, default=100.0, help="default: %(default)s")
+    parser.add_argument("--clear", action="store_true", help="no canary and no shadow any more; with neither option, what is set is shown")
 
 
 def _storage_arguments(parser: Any) -> None:
@@ -314,6 +324,18 @@ def promote(options: argparse.Namespace) -> None:
 
 def rollback(options: argparse.Namespace) -> None:
     console.print(f"{_registry(options).rollback(options.name, options.because)} is in production again")
+
+
+def traffic(options: argparse.Namespace) -> None:
+    from portaisys.serve.control import Canary, Shadow, Traffic, traffic_of
+
+    registry = _registry(options)
+    if options.canary or options.shadow or options.clear:
+        canary = Canary(str(options.canary), options.percent, options.by.lower()) if options.canary else None
+        shadow = Shadow(str(options.shadow), options.shadow_percent) if options.shadow else None
+        wanted = traffic_of(Traffic(canary, shadow).to_dict()) if not options.clear else Traffic()
+        registry.set_traffic(options.name, wanted.to_dict(), options.because)
+    console.print_json(data={"name": options.name, **registry.traffic(options.name)})
 
 
 def ledger(options: argparse.Namespace) -> None:

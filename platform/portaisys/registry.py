@@ -63,6 +63,9 @@ _SETTINGS = {
 _NOISY = ("mlflow.store.db.utils", "mlflow.utils.git_utils", "mlflow.tracking", "alembic")
 
 
+_TRAFFIC = "portaisys.traffic"
+
+
 class UnreachableError(UserError):
     """The registry, or its store of artifacts, did not answer."""
 
@@ -370,6 +373,28 @@ class Registry:
         with self.asking(f"setting {version.name}@{PRODUCTION}"):
             self._set_alias(version.name, PRODUCTION, str(version.version))
         return self._get(version.name, version.version)
+
+    def traffic(self, name: str) -> dict[str, Any]:
+        """The traffic of a name as it was set: canary and shadow; empty when none is. Raises UserError for an unknown name."""
+        self._aliases(_checked(name, "name"))
+        with self.asking(f"reading the traffic of {name}"):
+            text = self.client.get_registered_model(name).tags.get(_TRAFFIC, "")
+        try:
+            found = json.loads(text or "{}")
+        except ValueError:
+            raise UserError(f"{name}: its traffic in the registry is damaged; set it again") from None
+        return found if isinstance(found, dict) else {}
+
+    def set_traffic(self, name: str, traffic: Mapping[str, Any], because: str = "") -> None:
+        """Replace the traffic of a name; each version in it must be there and have passed. Raises UserError."""
+        with self.alone():
+            for what, one in traffic.items():
+                chosen = self.resolve(f"{name}@{one['version']}")
+                if chosen.verdict != "pass":
+                    raise UserError(f"{chosen}: cannot be a {what}, its verdict is {chosen.verdict!r} ({chosen.because})")
+            self._record("traffic", name, None, because, {"traffic": dict(traffic), "was": self.traffic(name)})
+            with self.asking(f"setting the traffic of {name}"):
+                self.client.set_registered_model_tag(name, _TRAFFIC, json.dumps(dict(traffic), sort_keys=True))
 
     def resolve(self, reference: str) -> Version:
         """The version of "NAME@ALIAS" or "NAME@3". Raises UserError, listing what there is."""

@@ -7,6 +7,7 @@ share their ports (SO_REUSEPORT): each serves every model, and the kernel spread
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import gc
 import logging
 import ssl
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 DRAIN_S = 15.0
+FOLLOW_S = 5.0  # between looks at the registry: a promotion is everywhere after this
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Core:
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="data_plane", daemon=True)
         self._stopped = False
+        self._following: concurrent.futures.Future[None] | None = None
 
     def start(self) -> Core:
         """Load every model, then listen; returns itself when all are warm. Raises UserError for what cannot be, and nothing is left behind."""
@@ -62,6 +65,7 @@ class Core:
         except BaseException:
             self.stop(drain_s=0)
             raise
+        self._following = asyncio.run_coroutine_threadsafe(self._follow(), self._loop)
         # What is there now stays: the collector need not look at it again while requests wait.
         gc.collect()
         gc.freeze()
@@ -81,11 +85,21 @@ class Core:
         if self._stopped:
             return
         self._stopped = True
+        if self._following is not None:
+            self._following.cancel()
         self.run(self._port.drain(drain_s))
         self.run(self.models.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(FOLLOW_S)
+            try:
+                await self.models.refresh()
+            except Exception:  # whatever it is, requests are answered meanwhile, and the next look may succeed
+                logger.exception("the registry could not be followed")
 
     async def _listened(self, port: int) -> int:
         try:

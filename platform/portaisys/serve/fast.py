@@ -56,10 +56,12 @@ class FastLane:
 
     def __init__(self, models: Repository) -> None:
         self._models = models
-        self._known: dict[tuple[str, str | None, bytes], Known] = {}
+        self._known: dict[tuple[ServedModel, bytes], Known] = {}
         self._generation = -1
 
-    def ask(self, name: str, version: str | None, json_bytes: int, body: bytes, answer: Answer, refused: Refusal) -> tuple[ServedModel, list[Piece], float | None] | None:
+    def ask(
+        self, name: str, version: str | None, headers: Mapping[str, str], json_bytes: int, body: bytes, answer: Answer, refused: Refusal
+    ) -> tuple[ServedModel, list[Piece], float | None] | None:
         """Queue the request; what can be dropped, and its timeout in seconds. None: it is not for the fast lane.
 
         Raises RefusedError or UnknownModelError for a request that is wrong.
@@ -68,10 +70,10 @@ class FastLane:
         if self._generation != self._models.generation:
             self._known.clear()
             self._generation = self._models.generation
-        known = self._known.get((name, version, body[:json_bytes])) or self._learn(name, version, json_bytes, body)
+        model = self._models.pick(name, version, headers)
+        known = self._known.get((model, body[:json_bytes])) or self._learn(model, json_bytes, body)
         if known is None:
             return None
-        model = known.model
         if not model.ready:
             raise RefusedError(503, "the model is not ready", {"Retry-After": "1"})
         if len(body) != known.body_bytes:
@@ -87,6 +89,7 @@ class FastLane:
 
     def _queued(self, known: Known, feeds: Mapping[str, NDArray[Any]], answer: Answer, refused: Refusal) -> list[Piece]:
         model, wanted = known.model, known.head.wanted
+        told = self._models.watched(model, feeds)
 
         def done(outputs: dict[str, NDArray[Any]] | None, problem: Exception | None) -> None:
             if outputs is None:
@@ -95,14 +98,15 @@ class FastLane:
                 return
             arrays = [outputs[one.name] for one in wanted]
             answer(known.reply_head(arrays), arrays, known)
+            if told is not None:
+                told(outputs)
 
         try:
             return model.batcher.put(feeds, done, priority=known.head.priority, shapes=known.shapes)
         except Exception as problem:
             raise protocol.refusal(model, problem) from None
 
-    def _learn(self, name: str, version: str | None, json_bytes: int, body: bytes) -> Known | None:
-        model = self._models.pick(name, version)
+    def _learn(self, model: ServedModel, json_bytes: int, body: bytes) -> Known | None:
         if json_bytes > MOST_JSON:
             return None
         head = protocol.head_of(memoryview(body)[:json_bytes], model.inputs, model.outputs)
@@ -117,7 +121,7 @@ class FastLane:
         known = Known(model, head, cuts, tuple([shape[1:] for _, _, shape, _, _ in cuts]), offset)
         if len(self._known) >= REMEMBERED:
             self._known.clear()
-        self._known[name, version, body[:json_bytes]] = known
+        self._known[model, body[:json_bytes]] = known
         return known
 
 

@@ -253,7 +253,7 @@ class Connection(asyncio.Protocol):
         self._busy, self._keep_alive = True, keep_alive
         if headers.plain and headers.json_bytes and method == "POST" and (found := _infer_path(url)):
             try:
-                asked = self._port.lane.ask(*found, headers.json_bytes, body, self._send_tensors, self._send_refusal)
+                asked = self._port.lane.ask(*found, headers.named, headers.json_bytes, body, self._send_tensors, self._send_refusal)
             except RefusedError as refused:
                 self._send_refusal(refused)
                 return

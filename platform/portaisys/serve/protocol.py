@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 MAX_BODY_BYTES = 64 << 20
 # A JSON text can take 24 times its length in memory once parsed ("[{},{},..."), so its limit is lower.
 MAX_JSON_BYTES = 16 << 20
-_IN_THREAD_BYTES = 256 << 10  # decoding more than this (about 2 ms) would hold up everybody else's requests
+IN_THREAD_BYTES = 256 << 10  # decoding more than this (about 2 ms) would hold up everybody else's requests
 _COMPRESS_BYTES = 1024  # below, gzip costs more than it saves
 
 _HEADER_LENGTH = "inference-header-content-length"
@@ -160,7 +160,7 @@ async def _route(call: _Call, parts: Sequence[str], models: Repository) -> Respo
         case ["v2", "models", name, "versions", version, *action] if len(action) < 2:
             return await _act(call, models.pick(name, version), models, *action)
         case ["v2", "models", name, *action] if len(action) < 2:
-            return await _act(call, models.pick(name), models, *action)
+            return await _act(call, models.pick(name, None, call.headers if action == ["infer"] else None), models, *action)
     raise RefusedError(404, "no such route; the protocol's are below the path v2")
 
 
@@ -177,8 +177,10 @@ async def _act(call: _Call, model: ServedModel, models: Repository, action: str 
         case "lineage":
             return _get(call, model.lineage)
         case "infer":
-            return await _infer(call, model)
-    raise RefusedError(404, "no such route; a model has ready, config, stats, lineage and infer")
+            return await _infer(call, model, models)
+        case "traffic":
+            return _get(call, models.status(model.name))
+    raise RefusedError(404, "no such route; a model has ready, config, stats, lineage, traffic and infer")
 
 
 def _get(call: _Call, value: Any) -> Response:
@@ -233,24 +235,28 @@ async def change(models: Repository, name: str, action: str, parameters: Mapping
     await models.load(f"{name}@{which}")
 
 
-async def _infer(call: _Call, model: ServedModel) -> Response:
+async def _infer(call: _Call, model: ServedModel, models: Repository) -> Response:
     if call.method != "POST":
         raise RefusedError(405, "this route answers POST", {"Allow": "POST"})
     if not model.ready:
         raise RefusedError(503, "the model is not ready", {"Retry-After": "1"})
     arguments = call.headers, call.body, model.inputs, model.outputs
-    short = len(call.body) < _IN_THREAD_BYTES and "content-encoding" not in call.headers
+    short = len(call.body) < IN_THREAD_BYTES and "content-encoding" not in call.headers
     request = decode(*arguments) if short else await asyncio.to_thread(decode, *arguments)
-    outputs = await run(model, request)
+    outputs = await run(model, request, models)
     body, headers = encode(request, outputs, model)
     return Response(200, *_compress(call.headers.get("accept-encoding", ""), headers, body))
 
 
-async def run(model: ServedModel, request: InferRequest) -> Outputs:
-    """Outputs of a decoded request. Raises RefusedError with the status that says why there are none."""
+async def run(model: ServedModel, request: InferRequest, models: Repository) -> Outputs:
+    """Outputs of a decoded request; a shadow is asked too. Raises RefusedError with the status that says why there are none."""
     try:
         async with asyncio.timeout(request.timeout_s):
-            return await model.batcher.submit(request.feeds, request.priority)
+            told = models.watched(model, request.feeds)
+            outputs = await model.batcher.submit(request.feeds, request.priority)
+            if told is not None:
+                told(outputs)
+            return outputs
     except (QueueFullError, TimeoutError, ClosedError, TooManySamplesError, EngineFailedError) as problem:
         raise refusal(model, problem) from None
 
@@ -359,7 +365,11 @@ def decode(headers: Mapping[str, str], body: bytes, inputs: Sequence[Tensor], ou
 
 def head_of(view: memoryview, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Head:
     """The JSON of a request. Raises RefusedError."""
-    tree = _parse(view)
+    return head_from(_parse(view), inputs, outputs)
+
+
+def head_from(tree: Mapping[str, Any], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Head:
+    """A request as a tree, which gRPC's messages are made into too. Raises RefusedError."""
     parameters = _parameters(tree)
     entries: dict[str, tuple[Tensor, tuple[int, ...], int | None, Any]] = {}
     for entry in _list(tree, "inputs"):
@@ -406,7 +416,7 @@ def _decode_raw(view: memoryview, inputs: Sequence[Tensor], outputs: Sequence[Te
     if len(inputs) != 1 or -1 in inputs[0].shape[1:]:
         raise RefusedError(400, "a raw body needs a model of one input with fixed dimensions; send a JSON header")
     tensor = inputs[0]
-    feeds = {tensor.name: _from_binary(tensor, (1, *tensor.shape[1:]), view)}
+    feeds = {tensor.name: from_binary(tensor, (1, *tensor.shape[1:]), view)}
     return InferRequest(feeds, [Wanted(output.name, binary=True) for output in outputs])
 
 
@@ -435,13 +445,14 @@ def feeds_of(head: Head, blobs: memoryview, inputs: Sequence[Tensor]) -> dict[st
         else:
             if not 0 <= size <= len(blobs):
                 raise RefusedError(400, f"input {tensor.name!r}: binary_data_size exceeds what the body holds")
-            feeds[tensor.name] = _from_binary(tensor, shape, blobs[:size])
+            feeds[tensor.name] = from_binary(tensor, shape, blobs[:size])
             blobs = blobs[size:]
-    _complete(feeds, inputs, left=len(blobs))
+    complete(feeds, inputs, left=len(blobs))
     return feeds
 
 
-def _complete(feeds: Mapping[str, NDArray[Any]], inputs: Sequence[Tensor], left: int) -> None:
+def complete(feeds: Mapping[str, NDArray[Any]], inputs: Sequence[Tensor], left: int = 0) -> None:
+    """Raises RefusedError when an input is missing, when bytes are left over, or when the inputs share no batch."""
     missing = [tensor.name for tensor in inputs if tensor.name not in feeds]
     if missing:
         raise RefusedError(400, f"missing input {', '.join(missing)}")
@@ -476,7 +487,8 @@ def _shape(entry: Mapping[str, Any], tensor: Tensor) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _from_binary(tensor: Tensor, shape: tuple[int, ...], blob: memoryview) -> NDArray[Any]:
+def from_binary(tensor: Tensor, shape: tuple[int, ...], blob: memoryview) -> NDArray[Any]:
+    """Little-endian bytes as an array, a view of them. Raises RefusedError."""
     dtype = np.dtype(tensor.dtype).newbyteorder("<")
     expected = math.prod(shape) * dtype.itemsize
     if len(blob) != expected:
@@ -487,11 +499,15 @@ def _from_binary(tensor: Tensor, shape: tuple[int, ...], blob: memoryview) -> ND
 
 
 def _from_json(tensor: Tensor, shape: tuple[int, ...], data: Any) -> NDArray[Any]:
-    """Nested or flat lists, row major. An `array` refuses what numpy would convert or let grow: strings, objects, overflow."""
+    """Nested or flat lists, row major."""
+    if not _DATATYPES[tensor.dtype].kinds:
+        raise RefusedError(400, f"input {tensor.name!r}: {_DATATYPES[tensor.dtype].name} has no JSON form; send it in binary")
+    return from_elements(tensor, shape, _flatten(tensor, data, len(shape)))
+
+
+def from_elements(tensor: Tensor, shape: tuple[int, ...], flat: Sequence[Any]) -> NDArray[Any]:
+    """Row major elements as an array. An `array` refuses what numpy would convert or let grow: strings, objects, overflow. Raises RefusedError."""
     datatype = _DATATYPES[tensor.dtype]
-    if not datatype.kinds:
-        raise RefusedError(400, f"input {tensor.name!r}: {datatype.name} has no JSON form; send it in binary")
-    flat = _flatten(tensor, data, len(shape))
     if len(flat) != math.prod(shape):
         raise RefusedError(400, f"input {tensor.name!r}: {len(flat)} elements where the shape needs {_count(math.prod(shape))}")
     try:
@@ -605,7 +621,7 @@ def binary_entry(name: str, dtype: str, shape: Sequence[int], size: int) -> dict
 def _entry(wanted: Wanted, values: NDArray[Any], labels: Sequence[str], blobs: list[bytes]) -> dict[str, Any]:
     datatype = _DATATYPES[values.dtype.name]
     if wanted.classes:
-        return _classes(wanted, values, labels, blobs)
+        return classes(wanted, values, labels, blobs)
     entry: dict[str, Any] = {"name": wanted.name, "datatype": datatype.name, "shape": list(values.shape)}
     if wanted.binary:
         blobs.append(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes())
@@ -617,12 +633,15 @@ def _entry(wanted: Wanted, values: NDArray[Any], labels: Sequence[str], blobs: l
     return {**entry, "data": values.ravel().tolist()}
 
 
-def _classes(wanted: Wanted, values: NDArray[Any], labels: Sequence[str], blobs: list[bytes]) -> dict[str, Any]:
+def classes(wanted: Wanted, values: NDArray[Any], labels: Sequence[str], blobs: list[bytes]) -> dict[str, Any]:
     """Triton's classification extension: BYTES of shape [batch, classes], best first."""
     rows = values.reshape(len(values), -1)
+    if rows.dtype.kind != "f":  # what has no sign cannot be turned round
+        rows = rows.astype(np.float64)
     count = min(wanted.classes, rows.shape[1])
     best = np.argsort(-rows, axis=1, kind="stable")[:, :count]
-    texts = [f"{row[index]:f}:{index}:{labels[index]}" for row, top in zip(rows, best, strict=True) for index in top]
+    named = [f":{label}" for label in labels] if len(labels) == rows.shape[1] else [""] * rows.shape[1]
+    texts = [f"{row[index]:f}:{index}{named[index]}" for row, top in zip(rows, best, strict=True) for index in top]
     entry = {"name": wanted.name, "datatype": "BYTES", "shape": [len(rows), count]}
     if not wanted.binary:
         return {**entry, "data": texts}

@@ -1,8 +1,9 @@
 """The models and versions that one replica serves, by name and number; loading and unloading touches no other.
 
 Which versions of a model are served is said by references: NAME@ALIAS, NAME@7, NAME@latest (the newest that passed its gate),
-NAME@latest:3, NAME@all, NAME@2,5. Lives on one asyncio loop; opening, which takes seconds, happens in a thread. Knows neither
-HTTP nor Ray.
+NAME@latest:3, NAME@all, NAME@2,5. What a reference names is looked up again every few seconds (`refresh`), so a promotion or a roll back
+in the registry is followed, and so is its traffic: canary and shadow (control.py). Lives on one asyncio loop; opening, which takes
+seconds, happens in a thread. Knows neither HTTP nor Ray.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from numpy.typing import NDArray
+
 from portaisys import registry
+from portaisys.serve.batcher import Outputs
+from portaisys.serve.control import Release, Traffic, traffic_of
 from portaisys.serve.model import BlockedError, Limits, ServedModel, open_reference
 from portaisys.spec import Storage, UserError
 
@@ -29,33 +34,48 @@ class UnknownModelError(UserError):
 class Served:
     """The versions of one model: number -> model, or why it could not be loaded; `default` answers requests that name none."""
 
+    reference: str = ""
     models: dict[str, ServedModel] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     default: str = ""
+    release: Release = field(default_factory=Release)
 
 
 @dataclass
 class Repository:
     """Models by name. `opener`: a reference of one version -> the warm model; `expand`: a reference -> those of single versions, the default first.
 
-    `generation` changes with every load and unload, for whoever remembers what was here.
+    `traffic`: what the registry says of a name's canary and shadow. `generation` changes with every load and unload, for whoever
+    remembers what was here.
     """
 
     opener: Callable[[str], ServedModel]
     expand: Callable[[str], Sequence[str]]
+    traffic: Callable[[str], Traffic] = lambda name: Traffic()
     served: dict[str, Served] = field(default_factory=dict)
     generation: int = 0
     _alone: dict[str, asyncio.Lock] = field(default_factory=dict)
 
-    def pick(self, name: str, version: str | None = None) -> ServedModel:
-        """The model that answers. Raises UnknownModelError, naming what is here."""
+    def pick(self, name: str, version: str | None = None, headers: Mapping[str, str] | None = None) -> ServedModel:
+        """The model that answers; with no version the default one, or for an inference request, whose headers are given, the canary.
+
+        Raises UnknownModelError, naming what is here.
+        """
         found = self.served.get(name)
         if found is None or not found.models:
             raise UnknownModelError(f"unknown model; this server has {', '.join(sorted(name for name, one in self.served.items() if one.models)) or 'none'}")
-        model = found.models.get(version or found.default)
+        chosen = version or (found.default if headers is None else found.release.version(found.default, headers))
+        model = found.models.get(chosen) or (found.models.get(found.default) if version is None else None)
         if model is None:
             raise UnknownModelError(f"unknown version of {name}; this server has {', '.join(sorted(found.models, key=int))}")
         return model
+
+    def watched(self, model: ServedModel, feeds: Mapping[str, NDArray[Any]]) -> Callable[[Outputs], None] | None:
+        """Ask the shadow of this model's name too, if there is one; returns who is to be told the answer."""
+        one = self.served.get(model.name)
+        if one is None or one.release.traffic.shadow is None:
+            return None
+        return one.release.watched(one.models.get(one.release.traffic.shadow.version), model, feeds)
 
     def all(self) -> Iterator[ServedModel]:
         """Every model and version."""
@@ -76,7 +96,7 @@ class Repository:
         self.generation += 1
         return before
 
-    async def load(self, reference: str) -> list[ServedModel]:
+    async def load(self, reference: str) -> None:
         """Open what a reference names and take it in; what of the same name is not named any more leaves, once the new is warm.
 
         Raises UserError when none of it opens: then everything is as it was. A version that fails beside others is noted (`index`).
@@ -84,16 +104,48 @@ class Repository:
         name = reference.partition("@")[0]
         async with self._alone.setdefault(name, asyncio.Lock()):
             try:
-                wanted = await asyncio.to_thread(self.expand, reference)
-                opened = await self._open(name, wanted)
+                wanted = list(await asyncio.to_thread(self.expand, reference))
+                await self._become(name, reference, wanted, await asyncio.to_thread(self.traffic, name))
             finally:
                 if name not in self.served:
                     self._alone.pop(name, None)  # names that do not exist must not gather
-            before = list(self.served.get(name, Served()).models.values())
-            for index, model in enumerate(opened):
-                self.put(model, default=index == 0)
-            await self._leave(name, [model for model in before if all(model is not new for new in opened)])
-        return opened
+
+    async def refresh(self) -> None:
+        """Follow the registry: what references name now, and their traffic. What fails is logged, and everything is as it was."""
+        for name, one in list(self.served.items()):
+            try:
+                wanted = list(await asyncio.to_thread(self.expand, one.reference))
+                traffic = await asyncio.to_thread(self.traffic, name)
+                if self.served.get(name) is one and self._differs(one, wanted, traffic):
+                    async with self._alone.setdefault(name, asyncio.Lock()):
+                        await self._become(name, one.reference, wanted, traffic)
+                        logger.info("%s: now %s by default, traffic %s", name, one.default, traffic.to_dict())
+            except UserError as error:
+                logger.warning("%s stays as it is: %s", name, error)
+
+    def _differs(self, one: Served, wanted: Sequence[str], traffic: Traffic) -> bool:
+        """Whether what is wanted is not what is here; a version that could not be loaded is not tried again until something changes."""
+        numbers = [reference.partition("@")[2] for reference in wanted]
+        if not all(number.isdecimal() for number in numbers):  # the registry is down: an alias could not be looked up
+            return False
+        here = {*one.models, *one.failed}
+        return numbers[0] not in (one.default, *one.failed) or {*numbers, *traffic.versions} != here or traffic != one.release.traffic
+
+    async def _become(self, name: str, reference: str, wanted: list[str], traffic: Traffic) -> None:
+        """Have exactly these versions here, and those that the traffic needs."""
+        extra = [f"{name}@{version}" for version in traffic.versions if f"{name}@{version}" not in wanted]
+        before = dict(self.served[name].models) if name in self.served else {}
+        opened, reasons = await self._open(name, [*wanted, *extra], before)
+        named = {model.version for model in opened}
+        if not any(model.version not in traffic.versions or f"{name}@{model.version}" in wanted for model in opened):
+            raise UserError(f"{name}: {'; '.join(reasons.values()) or 'no version of it is named'}")
+        for index, model in enumerate(opened):
+            self.put(model, default=index == 0)
+        one = self.served[name]
+        one.reference, one.failed = reference, reasons
+        if traffic != one.release.traffic:
+            one.release = Release(traffic)
+        await self._leave(name, [model for number, model in before.items() if number not in named])
 
     async def unload(self, name: str, version: str | None = None) -> None:
         """Take a model out, or one version of it; requests it has are answered first. Raises UnknownModelError."""
@@ -115,23 +167,28 @@ class Repository:
             rows += [{"name": name, "version": number, "state": "UNAVAILABLE", "reason": why} for number, why in sorted(one.failed.items())]
         return rows
 
-    async def _open(self, name: str, wanted: Sequence[str]) -> list[ServedModel]:
-        opened, reasons = [], {}
+    def status(self, name: str) -> dict[str, Any]:
+        """Who answers: the default version, the traffic, and what the shadow was found to answer."""
+        one = self.served[name]
+        return {"name": name, "reference": one.reference, "default": one.default, "versions": self.versions(name), **one.release.traffic.to_dict(), "compared": one.release.compared.to_dict()}
+
+    async def _open(self, name: str, wanted: Sequence[str], here: Mapping[str, ServedModel]) -> tuple[list[ServedModel], dict[str, str]]:
+        """The models of these references, those that are here already as they are, and why others are not."""
+        opened: list[ServedModel] = []
+        reasons: dict[str, str] = {}
         for one in wanted:
+            number = one.partition("@")[2]
             try:
-                opened.append(await asyncio.to_thread(self.opener, one))
+                opened.append(here[number] if number in here else await asyncio.to_thread(self.opener, one))
             except BlockedError as error:
-                reasons[one.partition("@")[2]] = str(error)
+                reasons[number] = str(error)
                 if len(wanted) == 1:
                     raise
             except UserError:
                 # The cause may name paths; it is for the log, that there is one is for everybody.
                 logger.exception("%s cannot be loaded", one)
-                reasons[one.partition("@")[2]] = "could not be loaded; the server's log has the cause"
-        if not opened:
-            raise UserError(f"{name}: {'; '.join(reasons.values()) or 'no version of it is named'}")
-        self.served.setdefault(name, Served()).failed.update(reasons)
-        return opened
+                reasons[number] = "could not be loaded; the server's log has the cause"
+        return opened, reasons
 
     async def _leave(self, name: str, models: Sequence[ServedModel]) -> None:
         """Out of sight first, then closed: who asks from now on does not meet them."""
@@ -163,7 +220,18 @@ def of_models(*models: ServedModel) -> Repository:
 
 def of_storage(storage: Storage, limits: Limits, observe: Callable[[str], Callable[[Any], None] | None] = lambda reference: None) -> Repository:
     """A repository that opens published versions."""
-    return Repository(lambda reference: open_reference(reference, storage, limits, observe(reference)), lambda reference: expand(reference, storage))
+    return Repository(
+        lambda reference: open_reference(reference, storage, limits, observe(reference)), lambda reference: expand(reference, storage), lambda name: traffic_in(name, storage)
+    )
+
+
+def traffic_in(name: str, storage: Storage) -> Traffic:
+    """A name's traffic in the registry; none while it is down, or for an entry that makes no sense."""
+    try:
+        return traffic_of(registry.open_registry(storage, create=False).traffic(name))
+    except UserError as error:
+        logger.warning("%s: no traffic is set: %s", name, error)
+        return Traffic()
 
 
 def expand(reference: str, storage: Storage) -> list[str]:
@@ -172,8 +240,13 @@ def expand(reference: str, storage: Storage) -> list[str]:
     if re.fullmatch(r"\d+(,\d+)+", which):
         return [f"{name}@{number}" for number in sorted({*which.split(",")}, key=int, reverse=True)]
     latest = re.fullmatch(r"latest(?::(\d+))?", which)
+    if which.isdecimal():
+        return [reference]
     if not latest and which != "all":
-        return [reference]  # an alias or a number, which open even while the registry is down
+        try:
+            return [str(registry.open_registry(storage, create=False).resolve(reference))]
+        except registry.UnreachableError:
+            return [reference]  # whose local copy opens while the registry is down
     passed = [version.version for version in registry.open_registry(storage, create=False).versions(name) if version.verdict == "pass"]
     if not passed:
         raise UserError(f"{reference}: no version of {name} has passed its gate")
