@@ -122,7 +122,8 @@ def _traffic_arguments(parser: Any) -> None:
     parser.add_argument("--by", default="", metavar="HEADER", help="decide by the value of this header, so that one value stays on one side")
     parser.add_argument("--shadow", type=_positive, help="a version that is asked too; its answers are compared, never returned")
     parser.add_argument("--shadow-percent", type=float, default=100.0, help="default: %(default)s")
-    parser.add_argument("--clear", action="store_true", help="no canary and no shadow any more; with neither option, what is set is shown")
+    parser.add_argument("--pin", default="", metavar="PRECISION", help="this precision answers, whatever the precision ladder's signals say")
+    parser.add_argument("--clear", action="store_true", help="no canary, no shadow and no pin any more; with neither option, what is set is shown")
 
 
 def _storage_arguments(parser: Any) -> None:
@@ -330,10 +331,10 @@ def traffic(options: argparse.Namespace) -> None:
     from portaisys.serve.control import Canary, Shadow, Traffic, traffic_of
 
     registry = _registry(options)
-    if options.canary or options.shadow or options.clear:
+    if options.canary or options.shadow or options.pin or options.clear:
         canary = Canary(str(options.canary), options.percent, options.by.lower()) if options.canary else None
         shadow = Shadow(str(options.shadow), options.shadow_percent) if options.shadow else None
-        wanted = traffic_of(Traffic(canary, shadow).to_dict()) if not options.clear else Traffic()
+        wanted = traffic_of(Traffic(canary, shadow, options.pin).to_dict()) if not options.clear else Traffic()
         registry.set_traffic(options.name, wanted.to_dict(), options.because)
     console.print_json(data={"name": options.name, **registry.traffic(options.name)})
 

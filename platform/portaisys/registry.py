@@ -389,6 +389,8 @@ class Registry:
         """Replace the traffic of a name; each version in it must be there and have passed. Raises UserError."""
         with self.alone():
             for what, one in traffic.items():
+                if not isinstance(one, Mapping):  # a pinned precision
+                    continue
                 chosen = self.resolve(f"{name}@{one['version']}")
                 if chosen.verdict != "pass":
                     raise UserError(f"{chosen}: cannot be a {what}, its verdict is {chosen.verdict!r} ({chosen.because})")

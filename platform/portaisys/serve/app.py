@@ -33,7 +33,7 @@ logger = logging.getLogger("portaisys.serve")
 class ServeArgs(BaseModel):
     """Arguments of the application. `model`: NAME@ALIAS, NAME@VERSION, NAME@latest:2, ..., or several of them; `max_batch`: None is what the version was verified up to.
 
-    `data_port`: where replicas listen themselves, beside the Serve route; those of a machine share it.
+    `data_port`, `grpc_port`: where replicas listen themselves, beside the Serve route; those of a machine share them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -47,6 +47,7 @@ class ServeArgs(BaseModel):
     threads: int = Field(1, ge=1)
     data_host: str = "127.0.0.1"
     data_port: int | None = Field(None, ge=0, le=65535)
+    grpc_port: int | None = Field(None, ge=0, le=65535)
     tls_cert: str = ""
     tls_key: str = ""
     num_replicas: int = Field(1, ge=1)
@@ -80,7 +81,7 @@ class Replica:
         _log_where_serve_logs()
         self._replies = ReplyMetrics()
         models = of_storage(parsed.storage, parsed.limits, lambda reference: RayMetrics(reference).batch)
-        listen = Listen(host=parsed.data_host, http_port=parsed.data_port, tls_cert=parsed.tls_cert, tls_key=parsed.tls_key, shared=True)
+        listen = Listen(host=parsed.data_host, http_port=parsed.data_port, grpc_port=parsed.grpc_port, tls_cert=parsed.tls_cert, tls_key=parsed.tls_key, shared=True)
         self._core = Core(models, parsed.references, listen, self._replies.count).start()
         for model in self._core.models.all():
             RayMetrics(f"{model.name}@{model.version}").fallbacks(model.fallbacks)
@@ -101,6 +102,7 @@ class Replica:
     async def check_health(self) -> None:
         """Ray replaces a replica that raises here."""
         self._replies.flush()
+        self._replies.steps(self._core.models.all())
         for model in list(self._core.models.all()):
             if not model.ready:
                 raise RuntimeError(f"{model.name}: the engine has been in one run for {model.batcher.busy_s():.0f} s")

@@ -13,18 +13,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from portaisys.monitor import differing
 from portaisys.serve.batcher import ClosedError, Outputs, QueueFullError, TooManySamplesError
+from portaisys.serve.ladder import EXACTNESS
 from portaisys.serve.model import ServedModel
 from portaisys.spec import UserError
 
 logger = logging.getLogger(__name__)
 
 LAST = 1000  # a shadow's priority: behind everybody
-DIFFERS = 1e-2  # of the largest answer, where there are no classes to decide between
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,11 @@ class Shadow:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a name's registry entry says beside its alias."""
+    """What a name's registry entry says beside its alias. `pin`: the precision that answers, whatever signals say; empty: the one that they lead to."""
 
     canary: Canary | None = None
     shadow: Shadow | None = None
+    pin: str = ""
 
     @property
     def versions(self) -> list[str]:
@@ -58,7 +59,7 @@ class Traffic:
 
     def to_dict(self) -> dict[str, Any]:
         """As `traffic_of` reads it."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name, value in asdict(self).items() if value}
 
 
 def traffic_of(tree: Mapping[str, Any]) -> Traffic:
@@ -71,7 +72,10 @@ def traffic_of(tree: Mapping[str, Any]) -> Traffic:
     for what, one in (("canary", canary), ("shadow", shadow)):
         if one is not None and not (one.version.isdecimal() and 0 < one.percent <= 100):
             raise UserError(f"traffic: {what} {one.version!r} at {one.percent:g} %: a version is a number, a share above 0 and at most 100")
-    return Traffic(canary, shadow)
+    pin = tree.get("pin", "")
+    if pin not in ("", *EXACTNESS):
+        raise UserError(f"traffic: pin {pin!r} is not one of {', '.join(EXACTNESS)}")
+    return Traffic(canary, shadow, pin)
 
 
 class Share:
@@ -163,19 +167,3 @@ class _Pair:
             return
         self._compared.differing += differing(self._first, outputs)
         self._compared.rows += len(next(iter(outputs.values())))
-
-
-def differing(one: Outputs, other: Outputs) -> int:
-    """Rows whose answers differ: in their largest score, where an output is [n, classes]; else in any number, by more than DIFFERS of the largest."""
-    rows = len(next(iter(one.values())))
-    wrong = np.zeros(rows, bool)
-    for name, array in one.items():
-        others = other.get(name)
-        if others is None or others.shape != array.shape:
-            return rows
-        if array.ndim == 2 and array.shape[1] > 1 and array.dtype.kind == "f":
-            wrong |= array.argmax(1) != others.argmax(1)
-        else:
-            off = np.abs(np.subtract(array, others, dtype=np.float64)).reshape(rows, -1).max(1, initial=0)
-            wrong |= off > DIFFERS * float(np.abs(array.astype(np.float64)).max(initial=0))
-    return int(wrong.sum())

@@ -21,6 +21,7 @@ from portaisys import artifact, registry
 from portaisys.engine import Arrays, Engine, Tensor, recalled, verify
 from portaisys.engine.cache import Cache, cache_of, get_or_build, load
 from portaisys.serve.batcher import Batcher, BatchRecord, Outputs
+from portaisys.serve.ladder import Ladder, rungs_from
 from portaisys.spec import Storage, UserError
 
 logger = logging.getLogger(__name__)
@@ -30,13 +31,16 @@ STUCK_S = 60.0  # an engine run longer than this is taken for hung: no admitted 
 
 @dataclass(frozen=True)
 class Limits:
-    """How a version is served. `max_batch`: None is what the version was verified up to; `precision`: None is the best that holds."""
+    """How a version is served. `max_batch`: None is what the version was verified up to; `precision`: None is the best that holds, and a
+    more exact one when it does not any more; of `check_every` batches one is answered by the fp32 engine too (0: none).
+    """
 
     max_batch: int | None = None
     max_delay_ms: float = 0.0
     max_queue: int = 1024
     threads: int = 1
     precision: str | None = None
+    check_every: int = 100
 
 
 class BlockedError(UserError):
@@ -94,12 +98,18 @@ class ServedModel:
     lineage: Mapping[str, Any]
     fallbacks: Sequence[str] = ()
     stats: Stats = field(default_factory=Stats)
+    ladder: Ladder | None = None
     closed: bool = False
+
+    @property
+    def precision(self) -> str:
+        """Of the engine that answers now."""
+        return self.ladder.engine.precision if self.ladder else self.engine.precision
 
     @property
     def stamp(self) -> str:
         """Which engine answers, for a header of every reply: NAME/VERSION PRECISION DIGEST."""
-        return f"{self.name}/{self.version} {self.engine.precision} {str(self.lineage.get('digest', ''))[:12]}"
+        return f"{self.name}/{self.version} {self.precision} {str(self.lineage.get('digest', ''))[:12]}"
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -121,7 +131,7 @@ class ServedModel:
         """Finish what is queued, then free the engine."""
         self.closed = True
         await self.batcher.close()
-        self.engine.close()
+        (self.ladder or self.engine).close()
 
 
 def open_reference(reference: str, storage: Storage, limits: Limits, observe: Callable[[BatchRecord], None] | None = None) -> ServedModel:
@@ -184,10 +194,11 @@ def open_version(
     _warm(engine, found, [size for size in _sizes(about) if size <= max_batch])
     name, stats = name or about["name"], Stats()
     observers = _both(stats.add, observe)
-    batcher = Batcher(engine.run, max_batch=max_batch, max_queue=limits.max_queue, max_delay_ms=limits.max_delay_ms, observe=observers)
+    ladder = _ladder(found, about, cache, limits, engine)
+    batcher = Batcher(ladder.run, max_batch=max_batch, max_queue=limits.max_queue, max_delay_ms=limits.max_delay_ms, observe=observers)
     lineage = _lineage(found, about, number, {**asdict(limits), **_serving(engine), "max_batch": max_batch, "fallbacks": fallbacks}) | dict(traced or {})
     logger.info("%s@%s: %s ready after %.2f s", name, number, engine.precision, time.monotonic() - started)
-    return ServedModel(name, number, engine, batcher, tuple(about["labels"]), lineage, fallbacks, stats)
+    return ServedModel(name, number, engine, batcher, tuple(about["labels"]), lineage, fallbacks, stats, ladder)
 
 
 def _verified(folder: Path, digest: str | None) -> artifact.Artifact:
@@ -225,13 +236,32 @@ def _lineage(found: artifact.Artifact, about: Mapping[str, Any], number: str, se
 # --- which precision ----------------------------------------------------------------------------------------------
 
 
+def _ladder(found: artifact.Artifact, about: Mapping[str, Any], cache: Cache, limits: Limits, engine: Engine) -> Ladder:
+    """The rungs from this engine up; one alone where a precision was asked for by name."""
+
+    def opener(precision: str) -> Engine:
+        opened = _opened(found, about, cache, limits, precision)
+        if problem := _problem(opened, found, about):
+            opened.close()
+            raise UserError(f"{precision}: {problem}")
+        _warm(opened, found, _sizes(about))
+        return opened
+
+    rungs = [engine.precision] if limits.precision else rungs_from(engine.precision, about["precisions"])
+    return Ladder(about["name"], rungs, engine, opener, every=limits.check_every)
+
+
+def _opened(found: artifact.Artifact, about: Mapping[str, Any], cache: Cache, limits: Limits, precision: str) -> Engine:
+    options = recalled(about, precision, limits.threads)
+    return load(get_or_build(found.file(f"{precision}.onnx"), about["backends"][precision], options, cache), options)
+
+
 def _first_that_holds(found: artifact.Artifact, about: Mapping[str, Any], cache: Cache, limits: Limits) -> tuple[Engine, list[str]]:
     """The best admitted precision that gives the golden answers here, and why each better one does not."""
     fallbacks: list[str] = []
     for precision in _candidates(about, limits):
-        options = recalled(about, precision, limits.threads)
         try:
-            engine = load(get_or_build(found.file(f"{precision}.onnx"), about["backends"][precision], options, cache), options)
+            engine = _opened(found, about, cache, limits, precision)
         except UserError:
             # The cause may name paths; it is for the log, the reason is for everybody.
             logger.exception("%s cannot be built or loaded", precision)

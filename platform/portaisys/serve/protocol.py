@@ -175,7 +175,7 @@ async def _act(call: _Call, model: ServedModel, models: Repository, action: str 
         case "stats":
             return _get(call, {"model_stats": [statistics(model)]})
         case "lineage":
-            return _get(call, model.lineage)
+            return _get(call, {**model.lineage, "ladder": model.ladder.status()} if model.ladder else model.lineage)
         case "infer":
             return await _infer(call, model, models)
         case "traffic":

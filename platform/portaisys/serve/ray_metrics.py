@@ -6,11 +6,12 @@ The engine seconds are a Counter beside the histogram because Ray estimates a hi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ray.util.metrics import Counter, Histogram
 
 from portaisys.serve.batcher import BatchRecord
+from portaisys.serve.model import ServedModel
 
 _TAGS = ("model", "reference")
 _MS = [0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0]
@@ -52,7 +53,17 @@ class ReplyMetrics:
 
     def __init__(self) -> None:
         self._requests = Counter("portaisys_requests", "Replies by HTTP status", ("status",))
+        self._steps = Counter("portaisys_precision_steps", "Changes of the precision that answers", ("model", "now"))
         self._counts: dict[int, int] = {}
+        self._seen: dict[int, int] = {}  # steps counted already, by ladder
+
+    def steps(self, models: Iterable[ServedModel]) -> None:
+        """Count what the precision ladders have done since the last time."""
+        ladders = [model.ladder for model in models if model.ladder]
+        for ladder in ladders:
+            for step in ladder.steps[self._seen.get(id(ladder), 0) :]:
+                self._steps.inc(1, {"model": ladder.name, "now": step.now})
+        self._seen = {id(ladder): len(ladder.steps) for ladder in ladders}
 
     def count(self, status: int) -> None:
         """From any thread; what is lost between two threads that count the same status at the same moment is one."""

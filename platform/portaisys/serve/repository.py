@@ -145,6 +145,9 @@ class Repository:
         one.reference, one.failed = reference, reasons
         if traffic != one.release.traffic:
             one.release = Release(traffic)
+        for model in opened:
+            if model.ladder is not None:
+                await asyncio.to_thread(model.ladder.pin, traffic.pin)
         await self._leave(name, [model for number, model in before.items() if number not in named])
 
     async def unload(self, name: str, version: str | None = None) -> None:
@@ -170,7 +173,7 @@ class Repository:
     def status(self, name: str) -> dict[str, Any]:
         """Who answers: the default version, the traffic, and what the shadow was found to answer."""
         one = self.served[name]
-        return {"name": name, "reference": one.reference, "default": one.default, "versions": self.versions(name), **one.release.traffic.to_dict(), "compared": one.release.compared.to_dict()}
+        return {"name": name, "reference": one.reference, "default": one.default, "versions": self.versions(name), "ladders": {number: model.ladder.status() for number, model in one.models.items() if model.ladder}, **one.release.traffic.to_dict(), "compared": one.release.compared.to_dict()}
 
     async def _open(self, name: str, wanted: Sequence[str], here: Mapping[str, ServedModel]) -> tuple[list[ServedModel], dict[str, str]]:
         """The models of these references, those that are here already as they are, and why others are not."""
