@@ -6,7 +6,7 @@ TORCH ?= torch>=2.11,<2.14
 TORCH_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: setup demo test check bench-setup tensorflow-setup tensorflow slow lock clean
+.PHONY: setup demo test check proto bench-setup tensorflow-setup tensorflow slow lock clean
 .DEFAULT_GOAL := demo
 
 setup: .venv/ready
@@ -33,6 +33,13 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What the gRPC port reads, committed beside its sources; the compiler gets an environment of its own, which no run needs.
+SERVE := platform/portaisys/serve
+proto:
+	test -x .venvs/proto/bin/python || $(PYTHON) -m venv .venvs/proto
+	.venvs/proto/bin/python -m pip install --quiet "grpcio-tools>=1.75,<2"
+	.venvs/proto/bin/python -m grpc_tools.protoc -I$(SERVE) --descriptor_set_out=$(SERVE)/inference.binpb inference.proto health.proto
 
 # Peers that benchmarks measure against get environments of their own, so that they cannot change ours.
 bench-setup: setup

@@ -130,6 +130,22 @@ def test_metrics_are_recorded_by_batch_and_by_reply() -> None:
     assert replies._counts == {}
 
 
+def test_queues_rejections_and_steps_are_recorded_once_each(tmp_path: Path) -> None:
+    version = make_version(tmp_path / "version", tmp_path / "cache")
+    model = opened(version, tmp_path / "cache")
+    replies = ReplyMetrics()
+    assert model.ladder is not None
+    for total in (1, 3):
+        model.stats.rejected["queue_full"] = total
+        replies.models([model])
+        replies.models([model])
+        assert replies._told == {("digits", "1", "queue_full"): total}
+    model.ladder.pin("fp32")
+    replies.models([model])
+    assert list(replies._seen.values()) == [1]
+    asyncio.run(model.close())
+
+
 # --- Ray Serve ----------------------------------------------------------------------------------------------------
 
 

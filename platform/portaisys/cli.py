@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _verb(verbs, traffic, "a canary that answers a share of the requests, a shadow whose answers are compared", "portaisys traffic digits --canary 3 --percent 10 --shadow 4", _name_argument, _traffic_arguments, _because_arguments, _storage_arguments)
     _verb(verbs, ledger, "show and check the append-only ledger", "portaisys ledger", _storage_arguments)
     _verb(verbs, serve, "serve a version over HTTP with Ray Serve", "portaisys serve digits@production", _version_argument, _serve_arguments, _storage_arguments)
+    _verb(verbs, key, "make an API key for a server; only its hash is kept", "portaisys key team-a --file keys.yaml --model digits", _name_argument, _key_arguments)
     _verb(verbs, cache, "list, check or shrink the cache of built engines", "portaisys cache prune --max-gib 5", _cache_arguments)
     _verb(verbs, deploy, "check a Serve config strictly, deploy it, wait until it runs", "portaisys deploy serve_apps/digits.yaml", _deploy_arguments)
     return parser
@@ -135,6 +136,12 @@ def _serve_arguments(parser: Any) -> None:
     for flag, default in (("port", 8000), ("replicas", 1), ("threads", 1), ("max-queue", 1024)):
         parser.add_argument(f"--{flag}", type=_positive, default=default, help="default: %(default)s")
     parser.add_argument("--max-batch", type=_positive, help="default: what the version was verified up to")
+
+
+def _key_arguments(parser: Any) -> None:
+    parser.add_argument("--file", type=Path, required=True, help="where the server reads hashes of keys (its argument `keys`); made if need be")
+    parser.add_argument("--model", action="append", help="a model it may ask; may be repeated (default: all)")
+    parser.add_argument("--admin", action="store_true", help="it may load, unload and list models too")
 
 
 def _cache_arguments(parser: Any) -> None:
@@ -357,6 +364,13 @@ def serve(options: argparse.Namespace) -> None:
     with serving(arguments, host=options.host, port=options.port) as url:
         console.print(f"ready: {url}/v2/models/{options.reference.partition('@')[0]}/infer (stop with Ctrl-C)", soft_wrap=True)
         until_stopped()
+
+
+def key(options: argparse.Namespace) -> None:
+    from portaisys.serve.keys import add_key
+
+    secret = add_key(options.file, options.name, tuple(options.model or ("*",)), admin=options.admin)
+    console.print(f"{options.name}: {secret}\nIt is written nowhere: keep it. {options.file} has its hash; servers that run read it when they start again.", soft_wrap=True, highlight=False)
 
 
 def cache(options: argparse.Namespace) -> None:

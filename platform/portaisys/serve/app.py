@@ -50,6 +50,9 @@ class ServeArgs(BaseModel):
     grpc_port: int | None = Field(None, ge=0, le=65535)
     tls_cert: str = ""
     tls_key: str = ""
+    keys: str = ""
+    # Of so many batches one is answered by the fp32 engine too, for the precision ladder; 0: none.
+    check_every: int = Field(100, ge=0)
     num_replicas: int = Field(1, ge=1)
     num_cpus: float = Field(1.0, ge=0)
     num_gpus: float = Field(0.0, ge=0)
@@ -70,7 +73,7 @@ class ServeArgs(BaseModel):
 
     @property
     def limits(self) -> Limits:
-        return Limits(self.max_batch, self.max_delay_ms, self.max_queue, self.threads, self.precision)
+        return Limits(self.max_batch, self.max_delay_ms, self.max_queue, self.threads, self.precision, self.check_every)
 
 
 class Replica:
@@ -81,7 +84,7 @@ class Replica:
         _log_where_serve_logs()
         self._replies = ReplyMetrics()
         models = of_storage(parsed.storage, parsed.limits, lambda reference: RayMetrics(reference).batch)
-        listen = Listen(host=parsed.data_host, http_port=parsed.data_port, grpc_port=parsed.grpc_port, tls_cert=parsed.tls_cert, tls_key=parsed.tls_key, shared=True)
+        listen = Listen(host=parsed.data_host, http_port=parsed.data_port, grpc_port=parsed.grpc_port, tls_cert=parsed.tls_cert, tls_key=parsed.tls_key, keys=parsed.keys, shared=True)
         self._core = Core(models, parsed.references, listen, self._replies.count).start()
         for model in self._core.models.all():
             RayMetrics(f"{model.name}@{model.version}").fallbacks(model.fallbacks)
@@ -102,7 +105,7 @@ class Replica:
     async def check_health(self) -> None:
         """Ray replaces a replica that raises here."""
         self._replies.flush()
-        self._replies.steps(self._core.models.all())
+        self._replies.models(list(self._core.models.all()))
         for model in list(self._core.models.all()):
             if not model.ready:
                 raise RuntimeError(f"{model.name}: the engine has been in one run for {model.batcher.busy_s():.0f} s")

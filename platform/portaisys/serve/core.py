@@ -14,12 +14,15 @@ import ssl
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import uvloop
 
 from portaisys.serve import protocol
+from portaisys.serve.grpc import GrpcPort
 from portaisys.serve.http import Bounds, Port
+from portaisys.serve.keys import read_keys, refuse_open
 from portaisys.serve.repository import Repository
 from portaisys.spec import UserError
 
@@ -32,23 +35,32 @@ FOLLOW_S = 5.0  # between looks at the registry: a promotion is everywhere after
 
 @dataclass(frozen=True)
 class Listen:
-    """Where a replica listens itself. None: not at all; 0: any free port. `tls_cert`, `tls_key`: PEM files; empty: in the clear."""
+    """Where a replica listens itself. None: not at all; 0: any free port. `tls_cert`, `tls_key`: PEM files; empty: in the clear.
+
+    `keys`: a file of API keys, which hold on every path; empty: none are asked for, which a port that others reach refuses.
+    """
 
     host: str = "127.0.0.1"
     http_port: int | None = None
+    grpc_port: int | None = None
     tls_cert: str = ""
     tls_key: str = ""
+    keys: str = ""
     shared: bool = False
 
 
 class Core:
-    """A replica's loop. `ports`: protocol -> number, as they came to be."""
+    """A replica's loop. `ports`: protocol -> number, as they came to be. Raises UserError for keys that cannot be read, or none where others can reach a port."""
 
     def __init__(self, models: Repository, references: Sequence[str], listen: Listen, count: Callable[[int], None] = lambda status: None, bounds: Bounds | None = None) -> None:
         self.models = models
         self.ports: dict[str, int] = {}
         self._references, self._listen = references, listen
-        self._port = Port(models, bounds, count)
+        self._keys = read_keys(Path(listen.keys)) if listen.keys else None
+        if (listen.http_port, listen.grpc_port) != (None, None):
+            refuse_open(listen.host, self._keys)
+        self._port = Port(models, bounds, count, self._keys)
+        self._grpc_port = GrpcPort(models, count)
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="data_plane", daemon=True)
         self._stopped = False
@@ -62,6 +74,8 @@ class Core:
                 self.run(self.models.load(reference))
             if self._listen.http_port is not None:
                 self.ports["http"] = self.run(self._listened(self._listen.http_port))
+            if self._listen.grpc_port is not None:
+                self.ports["grpc"] = self.run(self._listened_grpc(self._listen.grpc_port))
         except BaseException:
             self.stop(drain_s=0)
             raise
@@ -77,7 +91,7 @@ class Core:
 
     async def handle(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> protocol.Response:
         """Answer a request that came another way; from any other loop. Cancelling it cancels the request."""
-        asked = asyncio.run_coroutine_threadsafe(protocol.handle(method, path, headers, body, self.models), self._loop)
+        asked = asyncio.run_coroutine_threadsafe(protocol.handle(method, path, headers, body, self.models, self._keys), self._loop)
         return await asyncio.wrap_future(asked)
 
     def stop(self, drain_s: float = DRAIN_S) -> None:
@@ -87,7 +101,7 @@ class Core:
         self._stopped = True
         if self._following is not None:
             self._following.cancel()
-        self.run(self._port.drain(drain_s))
+        self.run(self._drained(drain_s))
         self.run(self.models.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -107,6 +121,16 @@ class Core:
         except OSError as error:
             raise UserError(f"data_port: cannot listen on {self._listen.host}:{port} ({error.strerror or error}); choose another") from error
 
+    async def _listened_grpc(self, port: int) -> int:
+        pair = None if _tls(self._listen) is None else _pem(self._listen)
+        try:
+            return await self._grpc_port.listen(self._listen.host, port, shared=self._listen.shared, tls=pair)
+        except OSError as error:
+            raise UserError(f"grpc_port: cannot listen on {self._listen.host}:{port} ({error}); choose another") from error
+
+    async def _drained(self, drain_s: float) -> None:
+        await asyncio.gather(self._port.drain(drain_s), self._grpc_port.drain(drain_s))
+
 
 def _tls(listen: Listen) -> ssl.SSLContext | None:
     """Raises UserError when there is no certificate or key, or they do not belong together."""
@@ -119,3 +143,8 @@ def _tls(listen: Listen) -> ssl.SSLContext | None:
     except OSError as error:  # ssl's own errors are OSErrors too
         raise UserError(f"tls_cert: {listen.tls_cert} with tls_key {listen.tls_key or '(in the same file)'} cannot be used ({error.strerror or error}); name PEM files that belong together") from error
     return context
+
+
+def _pem(listen: Listen) -> tuple[bytes, bytes]:
+    """Key and certificate."""
+    return Path(listen.tls_key or listen.tls_cert).read_bytes(), Path(listen.tls_cert).read_bytes()

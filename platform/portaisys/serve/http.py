@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from portaisys.serve import protocol
 from portaisys.serve.batcher import Piece
 from portaisys.serve.fast import FastLane, Known
+from portaisys.serve.keys import ForbiddenError, Keys
 from portaisys.serve.model import ServedModel
 from portaisys.serve.protocol import RefusedError, Response
 from portaisys.serve.repository import Repository, UnknownModelError
@@ -63,8 +64,8 @@ class _Headers:
 class Port:
     """A listening data port of one loop."""
 
-    def __init__(self, models: Repository, bounds: Bounds | None = None, count: Callable[[int], None] = lambda status: None) -> None:
-        self.models, self.bounds, self.count = models, bounds or Bounds(), count
+    def __init__(self, models: Repository, bounds: Bounds | None = None, count: Callable[[int], None] = lambda status: None, keys: Keys | None = None) -> None:
+        self.models, self.bounds, self.count, self.keys = models, bounds or Bounds(), count, keys
         self.lane = FastLane(models)
         self.connections: set[Connection] = set()
         self.draining = False
@@ -253,9 +254,14 @@ class Connection(asyncio.Protocol):
         self._busy, self._keep_alive = True, keep_alive
         if headers.plain and headers.json_bytes and method == "POST" and (found := _infer_path(url)):
             try:
+                if self._port.keys is not None:
+                    self._port.keys.check(headers.named, found[0])
                 asked = self._port.lane.ask(*found, headers.named, headers.json_bytes, body, self._send_tensors, self._send_refusal)
             except RefusedError as refused:
                 self._send_refusal(refused)
+                return
+            except ForbiddenError as forbidden:
+                self._send_refusal(protocol.refused_key(forbidden))
                 return
             except UnknownModelError as unknown:
                 self._send_refusal(RefusedError(404, str(unknown)))
@@ -271,7 +277,7 @@ class Connection(asyncio.Protocol):
     async def _handle(self, method: str, url: str, headers: _Headers, body: bytes) -> None:
         path = unquote(url.partition("?")[0])
         try:
-            reply = await protocol.handle(method, path, headers.named, body, self._port.models)
+            reply = await protocol.handle(method, path, headers.named, body, self._port.models, self._port.keys)
         except asyncio.CancelledError:
             return
         self._task = None
@@ -378,7 +384,7 @@ def _read_headers(raw: tuple[tuple[bytes, bytes], ...]) -> _Headers:
     named: dict[str, str] = {}
     for name, value in raw:
         lower = name.decode("latin-1").lower()
-        if lower in named and lower in ("content-length", "transfer-encoding", "content-encoding", "inference-header-content-length", "host", "authorization"):
+        if lower in named and lower in ("content-length", "transfer-encoding", "content-encoding", "inference-header-content-length", "host", "authorization", "x-api-key"):
             raise _RefusedEarly(400, _SMUGGLING if lower in ("content-length", "transfer-encoding") else f"header {lower} stands twice")
         named[lower] = value.decode("latin-1")
     if "content-length" in named and "transfer-encoding" in named:

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 import portaisys
 from portaisys.engine import Tensor
 from portaisys.serve.batcher import PRIORITY, ClosedError, EngineFailedError, Outputs, QueueFullError, TooManySamplesError
+from portaisys.serve.keys import ForbiddenError, Keys
 from portaisys.serve.model import BlockedError, ServedModel
 from portaisys.serve.openapi import openapi
 from portaisys.serve.repository import Repository, UnknownModelError
@@ -122,11 +123,13 @@ class _Call:
 # --- dispatch -----------------------------------------------------------------------------------------------------
 
 
-async def handle(method: str, path: str, headers: Mapping[str, str], body: bytes, models: Repository) -> Response:
-    """Answer one request. `path`: percent-decoded, without the query. Raises nothing but cancellation."""
-    call = _Call(method, {name.lower(): value for name, value in headers.items()}, body)
+async def handle(method: str, path: str, headers: Mapping[str, str], body: bytes, models: Repository, keys: Keys | None = None) -> Response:
+    """Answer one request. `path`: percent-decoded, without the query; `keys`: None asks for none. Raises nothing but cancellation."""
+    call, parts = _Call(method, {name.lower(): value for name, value in headers.items()}, body), path.split("/")[1:]
     try:
-        return await _route(call, path.split("/")[1:], models)
+        if keys is not None:
+            authorize(keys, call.headers, parts)
+        return await _route(call, parts, models)
     except RefusedError as refused:
         return error(refused.status, str(refused), refused.headers)
     except UnknownModelError as unknown:
@@ -134,6 +137,23 @@ async def handle(method: str, path: str, headers: Mapping[str, str], body: bytes
     except Exception:
         logger.exception("internal error")
         return error(500, "internal error; the server's log has the cause")
+
+
+def authorize(keys: Keys, headers: Mapping[str, str], parts: Sequence[str]) -> None:
+    """Raises RefusedError (401, 403) unless the key in `headers` may ask for this path; health is for everybody."""
+    if parts in (["v2", "health", "live"], ["v2", "health", "ready"]):
+        return
+    # Whoever asks of all models at once needs a key for all.
+    model = {"stats": "*"}.get(parts[2], parts[2]) if parts[:2] == ["v2", "models"] and len(parts) > 2 else None
+    try:
+        keys.check(headers, model, admin=parts[:2] == ["v2", "repository"])
+    except ForbiddenError as forbidden:
+        raise refused_key(forbidden) from None
+
+
+def refused_key(forbidden: ForbiddenError) -> RefusedError:
+    """How a key that does not do is answered."""
+    return RefusedError(403, str(forbidden), reason="key") if forbidden.known else RefusedError(401, str(forbidden), {"WWW-Authenticate": "Bearer"}, "key")
 
 
 def error(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:

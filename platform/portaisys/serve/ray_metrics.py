@@ -6,9 +6,9 @@ The engine seconds are a Counter beside the histogram because Ray estimates a hi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from ray.util.metrics import Counter, Histogram
+from ray.util.metrics import Counter, Gauge, Histogram
 
 from portaisys.serve.batcher import BatchRecord
 from portaisys.serve.model import ServedModel
@@ -17,28 +17,39 @@ _TAGS = ("model", "reference")
 _MS = [0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0]
 
 
+# Stage of a batch -> what of its record is its milliseconds and, as an exact sum over requests, its seconds.
+_STAGES = {
+    "queue": ("queue_s", "queue_sum_s", "waited"),
+    "assembly": ("assembly_s", "assembly_s", "was put together"),
+    "engine": ("engine_s", "engine_s", "was in the engine"),
+    "deliver": ("deliver_s", "deliver_s", "was encoded and told"),
+}
+
+
 class RayMetrics:
-    """The metrics of one model of a replica, tagged with the reference it was opened by."""
+    """The metrics of one model of a replica, tagged with the reference it was opened by: as many as there are references, no more."""
 
     def __init__(self, reference: str) -> None:
         tags = {"model": reference.partition("@")[0], "reference": reference}
         self._samples = Counter("portaisys_samples", "Samples run", _TAGS)
+        self._run_requests = Counter("portaisys_run_requests", "Requests that were in a batch", _TAGS)
         self._failed = Counter("portaisys_failed_batches", "Batches the engine raised on", _TAGS)
         self._fallbacks = Counter("portaisys_precision_fallbacks", "Admitted precisions passed over at start", _TAGS)
-        self._engine_s = Counter("portaisys_engine_seconds", "Seconds in the engine", _TAGS)
-        self._batch = Histogram("portaisys_batch_samples", "Samples a batch", [1, 2, 4, 8, 16, 32, 64, 128, 256], _TAGS)
-        self._engine_ms = Histogram("portaisys_engine_ms", "Milliseconds a batch is in the engine", _MS, _TAGS)
-        self._queue_ms = Histogram("portaisys_queue_ms", "Milliseconds the oldest sample of a batch waited", _MS, _TAGS)
-        for metric in (self._samples, self._failed, self._fallbacks, self._engine_s, self._batch, self._engine_ms, self._queue_ms):
+        self._batch = Histogram("portaisys_batch_samples", "Samples a batch, as executed", [1, 2, 4, 8, 16, 32, 64, 128, 256], _TAGS)
+        self._ms = {stage: Histogram(f"portaisys_{stage}_ms", f"Milliseconds a batch, or its oldest request, {what}", _MS, _TAGS) for stage, (_, _, what) in _STAGES.items()}
+        self._seconds = {stage: Counter(f"portaisys_{stage}_seconds", f"Exact sum of seconds that it {what}", _TAGS) for stage, (_, _, what) in _STAGES.items()}
+        for metric in (self._samples, self._run_requests, self._failed, self._fallbacks, self._batch, *self._ms.values(), *self._seconds.values()):
             metric.set_default_tags(tags)
 
     def batch(self, record: BatchRecord) -> None:
         """Add one run of the engine."""
         self._batch.observe(record.samples)
-        self._queue_ms.observe(record.queue_s * 1e3)
-        self._engine_ms.observe(record.engine_s * 1e3)
-        self._engine_s.inc(record.engine_s)
         self._samples.inc(record.samples)
+        self._run_requests.inc(record.requests)
+        for stage, (longest, total, _) in _STAGES.items():
+            self._ms[stage].observe(getattr(record, longest) * 1e3)
+            if seconds := getattr(record, total):
+                self._seconds[stage].inc(seconds)
         if record.failed:
             self._failed.inc()
 
@@ -54,11 +65,27 @@ class ReplyMetrics:
     def __init__(self) -> None:
         self._requests = Counter("portaisys_requests", "Replies by HTTP status", ("status",))
         self._steps = Counter("portaisys_precision_steps", "Changes of the precision that answers", ("model", "now"))
+        self._queued = Gauge("portaisys_queued_samples", "Samples that wait", ("model", "version"))
+        self._rejected = Counter("portaisys_rejected", "Requests that were not run, by reason", ("model", "version", "reason"))
+        self._told: dict[tuple[str, str, str], int] = {}
         self._counts: dict[int, int] = {}
         self._seen: dict[int, int] = {}  # steps counted already, by ladder
 
-    def steps(self, models: Iterable[ServedModel]) -> None:
-        """Count what the precision ladders have done since the last time."""
+    def models(self, models: Sequence[ServedModel]) -> None:
+        """Record queues, rejections and what the precision ladders have done since the last time."""
+        for model in models:
+            tags = {"model": model.name, "version": model.version}
+            self._queued.set(model.batcher.queued, tags)
+            for reason, count in model.stats.rejected.items():
+                key = model.name, model.version, reason
+                # A version that was loaded again counts from nothing.
+                new = count - self._told.get(key, 0) if count >= self._told.get(key, 0) else count
+                self._told[key] = count
+                if new:
+                    self._rejected.inc(new, {**tags, "reason": reason})
+        self._climbed(models)
+
+    def _climbed(self, models: Sequence[ServedModel]) -> None:
         ladders = [model.ladder for model in models if model.ladder]
         for ladder in ladders:
             for step in ladder.steps[self._seen.get(id(ladder), 0) :]:
