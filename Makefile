@@ -44,7 +44,9 @@ proto:
 # Peers that benchmarks measure against get environments of their own, so that they cannot change ours.
 bench-setup: setup
 	test -x .venvs/peers/bin/python || $(PYTHON) -m venv .venvs/peers
-	.venvs/peers/bin/python -m pip install --quiet "litserve>=0.2,<1" "onnxruntime>=1.24,<1.32"
+	.venvs/peers/bin/python -m pip install --quiet "litserve>=0.2,<1" "fastapi>=0.115,<1" "uvicorn[standard]>=0.34,<1" "onnxruntime>=1.24,<1.32"
+	test -x .venvs/mlserver/bin/python || $(PYTHON) -m venv .venvs/mlserver
+	.venvs/mlserver/bin/python -m pip install --quiet "mlserver>=1.7.1,<1.8" "onnxruntime>=1.24,<1.32"
 
 # TensorFlow and LiteRT bring gigabytes of their own (JAX, transformers): an environment apart, and out of the lock.
 tensorflow-setup: .venvs/tensorflow/ready
