@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import queue
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+import tritonclient.grpc as grpcclient
+from test_grpc import tensor_of
 from test_http import Running, X, raw, reply, served
+from tritonclient.utils import InferenceServerException
 
 from portaisys.cli import main
 from portaisys.serve.core import Core, Listen
+from portaisys.serve.grpc import message
 from portaisys.serve.keys import ForbiddenError, Keys, add_key, read_keys
 from portaisys.serve.repository import Repository
 from portaisys.spec import UserError
@@ -29,7 +35,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running,
     secrets = {"admin": add_key(file, "admin", admin=True), "all": add_key(file, "all"), "other": add_key(file, "other", ("other",))}
     running = Running.__new__(Running)
     running.models = Repository(lambda reference: served("tiny", "3"), lambda reference: [reference])
-    running.core = Core(running.models, ("tiny@3",), Listen(host="0.0.0.0", http_port=0, keys=str(file))).start()
+    running.core = Core(running.models, ("tiny@3",), Listen(host="0.0.0.0", http_port=0, grpc_port=0, keys=str(file))).start()
     running.port = running.core.ports["http"]
     yield running, secrets
     running.core.stop(drain_s=1)
@@ -81,6 +87,58 @@ def test_only_an_admins_key_changes_the_repository(guarded: tuple[Running, dict[
     assert ask(server, "POST", "/v2/repository/index", secrets["all"])[0] == 403
     assert ask(server, "POST", "/v2/repository/index", secrets["admin"])[0] == 200
     assert ask(server, "GET", "/v2/models/stats", secrets["other"])[0] == 403 and ask(server, "GET", "/v2/models/stats", secrets["all"])[0] == 200
+
+
+# Method -> how the unmodified client calls it, for whom: everybody, whoever has a key for the model, for all models, or an admin's.
+GRPC = {
+    "ServerLive": (lambda client, headers: client.is_server_live(headers=headers), "everybody"),
+    "ServerReady": (lambda client, headers: client.is_server_ready(headers=headers), "everybody"),
+    "ServerMetadata": (lambda client, headers: client.get_server_metadata(headers=headers), "anybody known"),
+    "ModelReady": (lambda client, headers: client.is_model_ready("tiny", headers=headers), "model"),
+    "ModelMetadata": (lambda client, headers: client.get_model_metadata("tiny", headers=headers), "model"),
+    "ModelConfig": (lambda client, headers: client.get_model_config("tiny", headers=headers), "model"),
+    "ModelStatistics": (lambda client, headers: client.get_inference_statistics("tiny", headers=headers), "model"),
+    "ModelStatistics of all": (lambda client, headers: client.get_inference_statistics(headers=headers), "model"),
+    "ModelInfer": (lambda client, headers: client.infer("tiny", [tensor_of(X)], headers=headers), "model"),
+    "RepositoryIndex": (lambda client, headers: client.get_model_repository_index(headers=headers), "admin"),
+    "RepositoryModelLoad": (lambda client, headers: client.load_model("tiny", headers=headers), "admin"),
+}
+
+
+@pytest.mark.parametrize("method", GRPC)
+def test_over_grpc_a_key_opens_what_it_is_for_and_nothing_else(guarded: tuple[Running, dict[str, str]], method: str) -> None:
+    server, secrets = guarded
+    client = grpcclient.InferenceServerClient(f"127.0.0.1:{server.core.ports['grpc']}")
+    call, whom = GRPC[method]
+    opens = {"everybody": {"", "wrong", "other", "all", "admin"}, "anybody known": {"other", "all", "admin"}, "model": {"all", "admin"}, "admin": {"admin"}}[whom]
+    for name in ("", "wrong", "other", "all", "admin"):
+        headers = {"authorization": f"Bearer {secrets.get(name, name)}"} if name else {}
+        if name in opens:
+            call(client, headers)
+        else:
+            with pytest.raises(InferenceServerException) as refused:
+                call(client, headers)
+            assert refused.value.status() == ("StatusCode.PERMISSION_DENIED" if name in secrets else "StatusCode.UNAUTHENTICATED"), (name, refused.value)
+    client.close()
+
+
+def test_over_grpc_a_stream_and_a_models_health_are_guarded_too(guarded: tuple[Running, dict[str, str]]) -> None:
+    server, secrets = guarded
+    address = f"127.0.0.1:{server.core.ports['grpc']}"
+    for key, refused in (("wrong", True), (secrets["other"], True), (secrets["all"], False)):
+        answers: queue.Queue[Any] = queue.Queue()
+        with grpcclient.InferenceServerClient(address) as client:
+            client.start_stream(callback=lambda result, error, answers=answers: answers.put(error), headers={"x-api-key": key})
+            client.async_stream_infer("tiny", [tensor_of(X)])
+            assert (answers.get(timeout=20) is not None) is refused
+            client.stop_stream()
+    with grpc.insecure_channel(address) as channel:
+        check = channel.unary_unary("/grpc.health.v1.Health/Check")
+        request = message("grpc.health.v1.HealthCheckRequest")
+        assert check(b"") and check(request(service="tiny").SerializeToString(), metadata=(("x-api-key", secrets["all"]),))
+        with pytest.raises(grpc.RpcError) as error:
+            check(request(service="tiny").SerializeToString())
+        assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_a_port_that_others_reach_is_not_opened_without_keys() -> None:

@@ -60,7 +60,7 @@ class Core:
         if (listen.http_port, listen.grpc_port) != (None, None):
             refuse_open(listen.host, self._keys)
         self._port = Port(models, bounds, count, self._keys)
-        self._grpc_port = GrpcPort(models, count)
+        self._grpc_port = GrpcPort(models, count, self._keys)
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="data_plane", daemon=True)
         self._stopped = False

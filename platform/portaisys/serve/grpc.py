@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from portaisys.engine import Tensor
 from portaisys.serve import protocol
 from portaisys.serve.batcher import Outputs
+from portaisys.serve.keys import ForbiddenError, Keys
 from portaisys.serve.model import BlockedError, ServedModel
 from portaisys.serve.protocol import InferRequest, RefusedError, Wanted
 from portaisys.serve.repository import Repository, UnknownModelError
@@ -88,11 +89,11 @@ _HEAD = frozenset({_NAME, _VERSION, _ID, 0x22, 0x2A, 0x32})  # parameters, input
 
 
 class GrpcPort:
-    """A listening gRPC port of one loop. `count`: told the HTTP status that goes with every answer."""
+    """A listening gRPC port of one loop. `count`: told the HTTP status that goes with every answer; `keys`: None asks for none."""
 
-    def __init__(self, models: Repository, count: Callable[[int], None] = lambda status: None) -> None:
-        self.models, self.count = models, count
-        self.lane = Lane(models)
+    def __init__(self, models: Repository, count: Callable[[int], None] = lambda status: None, keys: Keys | None = None) -> None:
+        self.models, self.count, self.keys = models, count, keys
+        self.lane = Lane(models, keys)
         self._server: Any = None
         self._leaving = asyncio.Event()
         self._takers: set[asyncio.Task[None]] = set()
@@ -157,7 +158,10 @@ class GrpcPort:
         request, response = message(f"inference.{method}Request"), message(f"inference.{method}Response")
 
         async def answer(body: bytes, context: Any) -> bytes:
-            tree = say(self.models, _parsed(request, body))
+            asked = _parsed(request, body)
+            if self.keys is not None and method not in _FOR_EVERYBODY:
+                self.keys.check(_headers(context), _asked_of(method, asked), admin=method == "RepositoryIndex")
+            tree = say(self.models, asked)
             return bytes(json_format.ParseDict(tree, response(), ignore_unknown_fields=True).SerializeToString())
 
         return answer
@@ -167,6 +171,8 @@ class GrpcPort:
 
         async def answer(body: bytes, context: Any) -> bytes:
             asked = _parsed(request, body)
+            if self.keys is not None:
+                self.keys.check(_headers(context), asked.model_name, admin=True)
             try:
                 await protocol.change(self.models, asked.model_name, action, _values(asked.parameters))
             except BlockedError as blocked:
@@ -180,7 +186,9 @@ class GrpcPort:
         return answer
 
     async def _check(self, body: bytes, context: Any) -> bytes:
-        status = self._health(_parsed(_CHECK, body).service)
+        service = _parsed(_CHECK, body).service
+        self._may_watch(service, context)
+        status = self._health(service)
         if status == "SERVICE_UNKNOWN":
             raise RefusedError(404, f"unknown service; there are {SERVICE}, the names of models, and the empty one for all of them")
         return bytes(_STATUS(status=status).SerializeToString())
@@ -188,7 +196,8 @@ class GrpcPort:
     async def _watch(self, body: bytes, context: Any) -> None:
         try:
             service = _parsed(_CHECK, body).service
-        except RefusedError as refused:
+            self._may_watch(service, context)
+        except (RefusedError, ForbiddenError) as refused:
             await self._abort(context, refused)
         said = ""
         while said != (status := self._health(service)) or not self._leaving.is_set():
@@ -197,6 +206,11 @@ class GrpcPort:
                 said = status
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._leaving.wait(), WATCH_S)
+
+    def _may_watch(self, service: str, context: Any) -> None:
+        """The health of the server is for everybody, a model's for those who may ask it."""
+        if self.keys is not None and service not in ("", SERVICE):
+            self.keys.check(_headers(context), service)
 
     def _health(self, service: str) -> str:
         models = list(self.models.all()) if service in ("", SERVICE) else [model for model in self.models.all() if model.name == service]
@@ -287,6 +301,14 @@ def _picked(models: Repository, asked: Any) -> ServedModel:
     return models.pick(asked.name, asked.version or None)
 
 
+_FOR_EVERYBODY = ("ServerLive", "ServerReady")
+
+
+def _asked_of(method: str, asked: Any) -> str | None:
+    """The model that a key must be for; whoever asks of all at once needs a key for all."""
+    return (asked.name or "*") if method.startswith("Model") else None
+
+
 # Method -> its answer as a tree, which protobuf makes into the message.
 _SAYS: dict[str, Callable[[Repository, Any], Any]] = {
     "ServerLive": lambda models, asked: {"live": True},
@@ -308,6 +330,8 @@ def _refused(problem: Exception) -> RefusedError:
     match problem:
         case RefusedError():
             return problem
+        case ForbiddenError():
+            return protocol.refused_key(problem)
         case UnknownModelError():
             return RefusedError(404, str(problem))
     logger.error("internal error", exc_info=problem)
@@ -386,8 +410,8 @@ class Known:
 class Lane:
     """Answers inference requests of both kinds of call; remembers their heads until the models change."""
 
-    def __init__(self, models: Repository) -> None:
-        self._models = models
+    def __init__(self, models: Repository, keys: Keys | None = None) -> None:
+        self._models, self._keys = models, keys
         self._known: dict[tuple[ServedModel, bytes], Known] = {}
         self._generation = -1
 
@@ -416,6 +440,8 @@ class Lane:
         return known, cut.id_field, cut.blobs
 
     def _ready(self, name: str, version: str, headers: Mapping[str, str]) -> ServedModel:
+        if self._keys is not None:
+            self._keys.check(headers, name)
         model = self._models.pick(name, version or None, headers)
         if not model.ready:
             raise RefusedError(503, "the model is not ready", {"Retry-After": "1"})

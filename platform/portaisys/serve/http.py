@@ -134,6 +134,7 @@ class Connection(asyncio.Protocol):
         self._body: list[bytes] = []
         self._body_bytes = 0
         self._fresh = True
+        self._expecting = False
 
     # --- from the socket ----------------------------------------------------------------------------------------------
 
@@ -226,7 +227,13 @@ class Connection(asyncio.Protocol):
         length = self._known.named.get("content-length", "")
         if length.isdecimal() and int(length) > self._bounds.body_bytes:
             raise _RefusedEarly(413, f"the body exceeds {self._bounds.body_bytes} bytes; send fewer samples a request")
-        if self._known.named.get("expect", "").lower() == "100-continue" and not self._busy:
+        self._expecting = self._known.named.get("expect", "").lower() == "100-continue" and self._parser.get_http_version() == "1.1"
+        self._continue()
+
+    def _continue(self) -> None:
+        """Tell who waits for it to send the body; after the answer that is under way, whose place it would take."""
+        if self._expecting and not self._busy and not self._waiting:
+            self._expecting = False
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, chunk: bytes) -> None:
@@ -239,7 +246,7 @@ class Connection(asyncio.Protocol):
         assert self._known is not None
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         method = self._parser.get_method().decode("ascii", "replace")
-        request = method, self._url.decode("latin-1"), self._known, body, self._parser.should_keep_alive()
+        request = method, _origin(self._url.decode("latin-1")), self._known, body, self._parser.should_keep_alive()
         self._reset()
         if self._busy or not self._writable:
             self._waiting.append(request)
@@ -345,6 +352,7 @@ class Connection(asyncio.Protocol):
             self._ended = True
             self._transport.close()
             return
+        self._continue()
         if self._waiting:
             asyncio.get_running_loop().call_soon(self._next)  # not from here: a thousand pipelined requests would be a thousand frames deep
 
@@ -395,6 +403,13 @@ def _read_headers(raw: tuple[tuple[bytes, bytes], ...]) -> _Headers:
     request_id = named.get("x-request-id", "")
     safe = request_id.isprintable() and request_id.isascii() and len(request_id) <= 128
     return _Headers(raw, named, json_bytes, plain, request_id.encode() if safe else b"")
+
+
+def _origin(url: str) -> str:
+    """The path of a URL; a client of a proxy sends the whole, which servers must take (RFC 9112, 3.2.2)."""
+    if url.startswith("/") or "://" not in url:
+        return url
+    return "/" + url.partition("://")[2].partition("/")[2]
 
 
 def _infer_path(url: str) -> tuple[str, str | None] | None:

@@ -405,7 +405,8 @@ def _inflate(encoding: str, body: bytes) -> bytes:
     """Undo the content encoding, never producing more than the limit whatever the body claims."""
     if len(body) > MAX_BODY_BYTES:
         raise RefusedError(413, f"the body exceeds {MAX_BODY_BYTES} bytes; send fewer samples a request")
-    if encoding == "identity":
+    encoding = encoding.strip().lower().removeprefix("x-")  # of any case, and gzip has an older name (RFC 9110, 8.4.1)
+    if encoding in ("identity", ""):
         return body
     if encoding not in ("gzip", "deflate"):
         raise RefusedError(400, "unsupported Content-Encoding; use identity, gzip or deflate")
