@@ -232,6 +232,24 @@ def test_a_registry_that_is_down_changes_nothing(published: tuple[Storage, regis
     asyncio.run(scene())
 
 
+def test_a_replica_that_starts_while_the_registry_is_down_serves_what_the_alias_meant_last(published: tuple[Storage, registry.Registry], monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, opened = published
+
+    async def scene(reference: str) -> list[str]:
+        models = of_storage(storage, Limits())
+        await models.load(reference)
+        found = models.versions("digits")
+        await models.close()
+        return found
+
+    assert asyncio.run(scene("digits@production")) == ["1"]
+    opened.promote("digits", 2, "better")
+    assert asyncio.run(scene("digits@production")) == ["2"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    assert asyncio.run(scene("digits@production")) == ["2"]
+
+
 def test_references_name_one_several_the_newest_or_all_that_passed(published: tuple[Storage, registry.Registry], tmp_path: Path) -> None:
     from portaisys.serve.repository import expand
 

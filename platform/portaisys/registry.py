@@ -680,7 +680,9 @@ def fetch(reference: str, storage: Storage, cache_dir: Path) -> Fetched:
         fetched = _copy(registry, version, cache_dir)
     except UnreachableError as error:
         return _last_copy(reference, memo, cache_dir, error)
-    artifact.write_text(memo, json.dumps(asdict(version), indent=1))
+    for meant in {rest, *version.aliases}:  # asked for by number, it is still what its aliases mean while the registry is down
+        with contextlib.suppress(UserError):  # another tool's alias may be no name of ours, nor of a file
+            artifact.write_text(memo.with_name(f"{name}@{_checked(meant, 'alias')}.json"), json.dumps(asdict(version), indent=1))
     return fetched
 
 
