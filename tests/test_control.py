@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_http import Running, X, raw, reply, rows, until
-from test_protocol import Linear
+from test_http import Running, X, raw, reply, rows, served, until
+from test_protocol import Held, Linear
 from test_serving_alone import make_version, storage_in
 
 from portaisys import registry
 from portaisys.cli import main
-from portaisys.serve import control
+from portaisys.serve import control, repository
 from portaisys.serve.control import Canary, Compared, Release, Shadow, Share, Traffic, differing, traffic_of
 from portaisys.serve.core import Core, Listen
 from portaisys.serve.model import Limits
-from portaisys.serve.repository import of_storage
+from portaisys.serve.repository import Repository, of_storage
 from portaisys.spec import Storage, UserError
 
 
@@ -230,6 +230,84 @@ def test_a_registry_that_is_down_changes_nothing(published: tuple[Storage, regis
         await models.close()
 
     asyncio.run(scene())
+
+
+def test_an_outage_of_the_registry_takes_no_canary_and_no_pin_away(published: tuple[Storage, registry.Registry], monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, opened = published
+    opened.set_traffic("digits", Traffic(Canary("2", 50), pin="fp32").to_dict())
+    models = of_storage(storage, Limits())
+
+    async def scene() -> None:
+        await models.load("digits@1")  # a number needs no registry to be looked up, its traffic does
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        for again in (models.refresh(), models.load("digits@1")):
+            await again
+            assert models.status("digits")["canary"]["version"] == "2" and models.pick("digits").precision == "fp32" and models.versions("digits") == ["1", "2"]
+        await models.close()
+
+    asyncio.run(scene())
+
+
+def test_a_promotion_that_cannot_be_loaded_leaves_the_old_version_and_is_tried_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def opener(reference: str) -> Any:
+        asked.append(reference)
+        if reference == "tiny@2" and len(asked) < 4:
+            raise UserError("/secret is damaged")
+        return served("tiny", reference.partition("@")[2])
+
+    names = ["tiny@1"]
+    models = Repository(opener, lambda reference: [names[0]])
+
+    async def scene() -> None:
+        await models.load("tiny@production")
+        names[0] = "tiny@2"
+        for _ in range(3):
+            await models.refresh()
+        assert asked == ["tiny@1", "tiny@2"] and models.versions("tiny") == ["1"]  # not at every look
+        monkeypatch.setattr(repository, "RETRY_S", 0.0)
+        models.served["tiny"].retry_at = 0.0
+        await models.refresh()
+        assert asked[2:] == ["tiny@2"] and models.versions("tiny") == ["1"]
+        await models.refresh()
+        assert asked[3:] == ["tiny@2"] and models.versions("tiny") == ["2"] and models.pick("tiny").version == "2"
+        await models.refresh()
+        assert len(asked) == 4
+        await models.close()
+
+    asyncio.run(scene())
+
+
+def test_a_version_taken_out_by_hand_stays_out_until_the_registry_says_otherwise() -> None:
+    models = Repository(lambda reference: served("tiny", reference.partition("@")[2]), lambda reference: ["tiny@2", "tiny@1"])
+
+    async def scene() -> None:
+        await models.load("tiny@all")
+        await models.unload("tiny", "2")
+        await models.refresh()
+        assert models.versions("tiny") == ["1"]
+        models.traffic = lambda name: Traffic(shadow=Shadow("3"))
+        await models.refresh()
+        assert models.versions("tiny") == ["1", "2", "3"]
+        await models.close()
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("headers", ["", "Accept-Encoding: gzip\r\n"], ids=["fast lane", "handled"])
+def test_a_shadow_is_not_asked_what_the_version_in_charge_refuses(two: Running, headers: str) -> None:
+    one = two.models.served["tiny"]
+    one.release = Release(Traffic(shadow=Shadow("3")))
+    one.models["4"].batcher.max_queue, held = 0, Held()
+    one.models["3"].batcher._run = held.run  # what it was asked would stay there
+    with two.connect() as sock:
+        sock.sendall(raw(X, headers=headers))
+        assert reply(sock.makefile("rb"))[0] == 400  # more than could ever be queued
+    asked = one.models["3"].batcher.queued, one.models["3"].batcher.busy_s()
+    held.go.set()
+    assert asked == (0, 0.0)
 
 
 def test_a_replica_that_starts_while_the_registry_is_down_serves_what_the_alias_meant_last(published: tuple[Storage, registry.Registry], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import socket
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -23,7 +25,7 @@ from tritonclient.utils import InferenceServerException
 from portaisys.serve import http
 from portaisys.serve.batcher import Batcher
 from portaisys.serve.core import Core, Listen
-from portaisys.serve.http import Bounds
+from portaisys.serve.http import Bounds, Connection
 from portaisys.serve.model import ServedModel, Stats
 from portaisys.serve.repository import Repository
 from portaisys.spec import UserError
@@ -150,6 +152,39 @@ def test_pipelined_requests_are_answered_in_order_fast_and_slow_ones_mixed(serve
         np.testing.assert_allclose(tensors(body, headers), expected(x), rtol=1e-5, atol=1e-6)
         if number % 2:
             assert reply(stream)[2] == b'{"live":true}'
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["in one write", "one after the other"])
+def test_pipelined_answers_carry_the_ids_of_their_own_requests_in_order(server: Running, together: bool) -> None:
+    kinds = [raw(X, headers="X-Request-ID: {0}\r\n"), raw(X, headers="X-Request-ID: {0}\r\nAccept-Encoding: gzip\r\n"), b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\nX-Request-ID: {0}\r\n\r\n"]
+    requests = [kinds[number % 3].replace(b"{0}", b"r%d" % number) for number in range(300)]
+    with server.connect() as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sending = threading.Thread(target=lambda: [sock.sendall(data) for data in ([b"".join(requests)] if together else requests)])
+        sending.start()
+        stream = sock.makefile("rb")
+        answers = [reply(stream) for _ in requests]
+        sending.join(10)
+    assert [(status, headers["x-request-id"]) for status, headers, _ in answers] == [(200, f"r{number}") for number in range(300)]
+
+
+def test_a_request_read_between_an_answer_and_the_next_waits_behind_those_that_wait(server: Running) -> None:
+    sent: list[bytes] = []
+
+    async def scene() -> None:
+        connection = Connection(server.core._port)
+        connection.connection_made(SimpleNamespace(write=sent.append, close=lambda: None, pause_reading=lambda: None, resume_reading=lambda: None))  # type: ignore[arg-type]
+        get = b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\nX-Request-ID: %d\r\n\r\n"
+        connection.data_received(get % 0 + get % 1)
+        while len(sent) == 0:
+            await asyncio.sleep(0)
+        connection.data_received(get % 2)  # the first is answered, the second waits for the loop's next turn
+        while len(sent) < 3:
+            await asyncio.sleep(0)
+        server.core._port.connections.discard(connection)
+
+    server.core.run(scene())
+    assert [line for data in sent for line in data.split(b"\r\n") if line.startswith(b"X-Request-ID")] == [b"X-Request-ID: %d" % number for number in range(3)]
 
 
 def test_many_clients_at_once_get_their_own_answers_in_shared_batches(server: Running) -> None:
@@ -413,6 +448,7 @@ def test_loading_and_unloading_touch_no_other_model_and_a_failing_version_keeps_
         assert post(server, "/v2/repository/models/tiny/load", {"parameters": {"reference": "4"}})[0] == 200
         assert client.get_model_metadata("tiny")["versions"] == ["4"]
         client.unload_model("second")
+        server.core.run(server.models.refresh())  # following the registry does not bring it back
         with pytest.raises(InferenceServerException, match="unknown model; this server has tiny"):
             infer(client, X, model="second")
         np.testing.assert_allclose(infer(client, X), expected(X), rtol=1e-5, atol=1e-6)

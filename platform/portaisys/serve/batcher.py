@@ -119,8 +119,8 @@ class Batcher:
 
     # --- from the loop ------------------------------------------------------------------------------------------------
 
-    async def submit(self, feeds: Arrays, priority: int = PRIORITY) -> Outputs:
-        """Outputs for these inputs; dimension 0 of every array is the batch, of one size >= 1.
+    async def submit(self, feeds: Arrays, priority: int = PRIORITY, admitted: Callable[[], None] = lambda: None) -> Outputs:
+        """Outputs for these inputs; dimension 0 of every array is the batch, of one size >= 1. `admitted`: called once they are queued.
 
         Raises QueueFullError, TooManySamplesError, ClosedError or EngineFailedError. Cancelling the call takes its waiting samples
         out of the queue at once; what is in the engine already runs to its end and is thrown away.
@@ -129,6 +129,7 @@ class Batcher:
         feeds = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
         pieces = self.put(feeds, lambda outputs, error: _settle(answer, outputs, error), priority=priority)
         try:
+            admitted()
             return await answer
         except BaseException:
             self.drop(pieces)

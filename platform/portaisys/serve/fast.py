@@ -7,7 +7,6 @@ that is in any way unusual is left to `protocol.handle`. Knows neither sockets n
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,7 +65,6 @@ class FastLane:
 
         Raises RefusedError or UnknownModelError for a request that is wrong.
         """
-        begun = time.perf_counter()
         if self._generation != self._models.generation:
             self._known.clear()
             self._generation = self._models.generation
@@ -84,12 +82,10 @@ class FastLane:
             _check(cut_name, dtype, array)
             feeds[cut_name] = array.reshape(shape)
         pieces = self._queued(known, feeds, answer, refused)
-        model.stats.decode_s += time.perf_counter() - begun
         return model, pieces, known.head.timeout_s
 
     def _queued(self, known: Known, feeds: Mapping[str, NDArray[Any]], answer: Answer, refused: Refusal) -> list[Piece]:
         model, wanted = known.model, known.head.wanted
-        told = self._models.watched(model, feeds)
 
         def done(outputs: dict[str, NDArray[Any]] | None, problem: Exception | None) -> None:
             if outputs is None:
@@ -102,9 +98,11 @@ class FastLane:
                 told(outputs)
 
         try:
-            return model.batcher.put(feeds, done, priority=known.head.priority, shapes=known.shapes)
+            pieces = model.batcher.put(feeds, done, priority=known.head.priority, shapes=known.shapes)
         except Exception as problem:
             raise protocol.refusal(model, problem) from None
+        told = self._models.watched(model, feeds)  # of what is run only; `done` is called on a later turn of the loop
+        return pieces
 
     def _learn(self, model: ServedModel, json_bytes: int, body: bytes) -> Known | None:
         if json_bytes > MOST_JSON:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +25,9 @@ from portaisys.engine import Tensor
 from portaisys.serve import protocol
 from portaisys.serve.batcher import Outputs
 from portaisys.serve.keys import ForbiddenError, Keys
-from portaisys.serve.model import BlockedError, ServedModel
+from portaisys.serve.model import ServedModel
 from portaisys.serve.protocol import InferRequest, RefusedError, Wanted
 from portaisys.serve.repository import Repository, UnknownModelError
-from portaisys.spec import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -173,14 +171,7 @@ class GrpcPort:
             asked = _parsed(request, body)
             if self.keys is not None:
                 self.keys.check(_headers(context), asked.model_name, admin=True)
-            try:
-                await protocol.change(self.models, asked.model_name, action, _values(asked.parameters))
-            except BlockedError as blocked:
-                raise RefusedError(409, str(blocked)) from None
-            except UnknownModelError:
-                raise
-            except UserError as problem:
-                raise RefusedError(400, str(problem)) from None
+            await protocol.change(self.models, asked.model_name, action, _values(asked.parameters))
             return b""
 
         return answer
@@ -417,11 +408,9 @@ class Lane:
 
     async def answer(self, body: bytes, headers: Mapping[str, str], remaining_s: float | None) -> tuple[bytes, ServedModel]:
         """A serialized ModelInferResponse and who made it. `remaining_s`: until the call's deadline. Raises RefusedError or UnknownModelError."""
-        begun = time.perf_counter()
         known, id_field, blobs = self._asked(body, headers)
         model, head = known.model, known.head
         feeds = known.feeds(blobs) if len(body) < protocol.IN_THREAD_BYTES else await asyncio.to_thread(known.feeds, blobs)
-        model.stats.decode_s += time.perf_counter() - begun
         timeouts = [timeout_s for timeout_s in (head.timeout_s, remaining_s) if timeout_s is not None]
         outputs = await protocol.run(model, InferRequest(feeds, head.wanted, None, min(timeouts, default=None), head.priority), self._models)
         return known.reply(outputs, id_field), model

@@ -119,7 +119,7 @@ class Connection(asyncio.Protocol):
         self._headers: list[tuple[bytes, bytes]] = []
         self._known: _Headers | None = None
         self._waiting: deque[tuple[str, str, _Headers, bytes, bool]] = deque()
-        self._busy = False
+        self._busy, self._request_id = False, b""
         self._task: asyncio.Task[None] | None = None
         self._pieces: tuple[ServedModel, list[Piece]] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -139,8 +139,7 @@ class Connection(asyncio.Protocol):
     # --- from the socket ----------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
-        self._transport: Any = transport
+        self._transport: Any = transport  # uvloop's is none of asyncio's classes
         self._port.connections.add(self)
         if len(self._port.connections) > self._bounds.connections or self._port.draining:
             self._refuse(503, "too many connections", {"Retry-After": "1"})
@@ -248,7 +247,7 @@ class Connection(asyncio.Protocol):
         method = self._parser.get_method().decode("ascii", "replace")
         request = method, _origin(self._url.decode("latin-1")), self._known, body, self._parser.should_keep_alive()
         self._reset()
-        if self._busy or not self._writable:
+        if self._busy or self._waiting or not self._writable:  # those that wait go first, also between two turns of the loop
             self._waiting.append(request)
             if len(self._waiting) >= self._bounds.pipelined:
                 self._transport.pause_reading()
@@ -258,7 +257,7 @@ class Connection(asyncio.Protocol):
     # --- answers ------------------------------------------------------------------------------------------------------
 
     def _answer(self, method: str, url: str, headers: _Headers, body: bytes, keep_alive: bool) -> None:
-        self._busy, self._keep_alive = True, keep_alive
+        self._busy, self._keep_alive, self._request_id = True, keep_alive, headers.request_id
         if headers.plain and headers.json_bytes and method == "POST" and (found := _infer_path(url)):
             try:
                 if self._port.keys is not None:
@@ -288,7 +287,7 @@ class Connection(asyncio.Protocol):
         except asyncio.CancelledError:
             return
         self._task = None
-        self._send(reply, headers.request_id, head_only=method == "HEAD")
+        self._send(reply, head_only=method == "HEAD")
 
     def _timed_out(self) -> None:
         if self._pieces is not None:
@@ -315,9 +314,8 @@ class Connection(asyncio.Protocol):
             return
         blobs: list[Any] = [array.data if array.flags.c_contiguous else np.ascontiguousarray(array).data for array in arrays]
         size = len(head) + sum([array.nbytes for array in arrays])
-        identified = b"" if self._known is None or not self._known.request_id else b"X-Request-ID: %b\r\n" % self._known.request_id
         lines = b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nInference-Header-Content-Length: %d\r\nContent-Length: %d\r\n%b: %b\r\n%b%b\r\n" % (
-            len(head), size, _LINEAGE, known.model.stamp.encode(), identified, self._closing(),
+            len(head), size, _LINEAGE, known.model.stamp.encode(), self._identified(), self._closing(),
         )  # fmt: skip
         self._port.count(200)
         if size < _JOINED_BYTES:
@@ -328,16 +326,20 @@ class Connection(asyncio.Protocol):
 
     def _send_refusal(self, refused: RefusedError) -> None:
         self._pieces = None
-        self._send(protocol.error(refused.status, str(refused), refused.headers), b"" if self._known is None else self._known.request_id)
+        self._send(protocol.error(refused.status, str(refused), refused.headers))
 
-    def _send(self, reply: Response, request_id: bytes = b"", *, head_only: bool = False) -> None:
+    def _send(self, reply: Response, *, head_only: bool = False) -> None:
         if self._ended:
             return
         lines = [f"HTTP/1.1 {reply.status} {_REASONS.get(reply.status, 'Error')}", *(f"{name}: {value}" for name, value in reply.headers.items()), f"Content-Length: {len(reply.body)}"]
-        head = "\r\n".join(lines).encode("latin-1") + b"\r\n" + (b"X-Request-ID: %b\r\n" % request_id if request_id else b"") + self._closing() + b"\r\n"
+        head = "\r\n".join(lines).encode("latin-1") + b"\r\n" + self._identified() + self._closing() + b"\r\n"
         self._port.count(reply.status)
         self._transport.write(head if head_only else head + reply.body)
         self._done()
+
+    def _identified(self) -> bytes:
+        """The client's id of the request that is answered; of one behind it the headers may have been read already."""
+        return b"X-Request-ID: %b\r\n" % self._request_id if self._request_id else b""
 
     def _closing(self) -> bytes:
         if self._port.draining:
@@ -346,7 +348,7 @@ class Connection(asyncio.Protocol):
 
     def _done(self) -> None:
         """The request is answered: the next one, or none."""
-        self._busy = False
+        self._busy, self._request_id = False, b""
         self._deadline = time.monotonic() + (self._bounds.idle_s if self._writable else self._bounds.write_s)
         if not self._keep_alive:
             self._ended = True

@@ -49,7 +49,7 @@ class BlockedError(UserError):
 
 @dataclass
 class Stats:
-    """Exact sums since the start, added up once a batch. `decode_s` and replies are counted by who answers, and added with the next batch."""
+    """Exact sums since the start, added up once a batch; `reject` by whoever refuses."""
 
     batches: int = 0
     samples: int = 0
@@ -61,7 +61,6 @@ class Stats:
     assembly_s: float = 0.0
     engine_s: float = 0.0
     deliver_s: float = 0.0
-    decode_s: float = 0.0
     # samples a batch -> (how often, seconds in the engine)
     by_size: dict[int, tuple[int, float]] = field(default_factory=dict)
     last: float = 0.0  # seconds since the epoch, of the last batch

@@ -64,6 +64,7 @@ _OF_MODEL: list[tuple[str, str, str, str, str, tuple[int, ...]]] = [
     ("/config", "get", "configuration as perf_analyzer reads it", "Object", "", (404,)),
     ("/stats", "get", "counts and times since it was loaded", "Object", "", (404,)),
     ("/lineage", "get", "engine, version, run and data that answers come from", "Object", "", (404,)),
+    ("/traffic", "get", "who answers: default version, canary, shadow and what it was found to answer, precision ladders", "Object", "", (404,)),
     ("/infer", "post", "outputs for inputs", "InferenceResponse", "InferenceRequest", (400, 404, 413, 503)),
 ]
 

@@ -18,7 +18,7 @@ import re
 import struct
 import zlib
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -45,7 +45,7 @@ _COMPRESS_BYTES = 1024  # below, gzip costs more than it saves
 
 _HEADER_LENGTH = "inference-header-content-length"
 LINEAGE = "X-Portaisys-Lineage"
-_EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics", "model_repository", "model_repository(unload_dependents)", "lineage"]
+_EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics", "model_repository", "lineage"]
 
 
 @dataclass(frozen=True)
@@ -230,29 +230,26 @@ def _index(call: _Call, models: Repository) -> Response:
 
 async def _change(call: _Call, models: Repository, name: str, action: str) -> Response:
     """Load NAME (parameter `reference`: which of its versions, "production" by default) or unload it (`version`: only this one)."""
-    parameters = _parameters(_post(call))
-    try:
-        await change(models, name, action, parameters)
-    except BlockedError as blocked:
-        raise RefusedError(409, str(blocked)) from None
-    except UnknownModelError:
-        raise
-    except UserError as problem:
-        raise RefusedError(400, str(problem)) from None
+    await change(models, name, action, _parameters(_post(call)))
     return _json({})
 
 
 async def change(models: Repository, name: str, action: str, parameters: Mapping[str, Any]) -> None:
-    """Load or unload, as both protocols ask for it. Raises UserError, UnknownModelError or BlockedError."""
+    """Load or unload, as both protocols ask for it. Raises RefusedError (400; 409 for what its gate did not pass) or UnknownModelError."""
     if not re.fullmatch("[a-z0-9][a-z0-9_-]{0,62}", name):
-        raise UserError("a model's name is of small letters, digits, - and _, at most 63")
+        raise RefusedError(400, "a model's name is of small letters, digits, - and _, at most 63")
     if action == "unload":
         await models.unload(name, _value(parameters, "version", str, None))
         return
     which = _value(parameters, "reference", str, "production")
     if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.,:-]{0,100}", which):
-        raise UserError("parameter reference is an alias, a number, numbers with commas, latest, latest:N or all")
-    await models.load(f"{name}@{which}")
+        raise RefusedError(400, "parameter reference is an alias, a number, numbers with commas, latest, latest:N or all")
+    try:
+        await models.load(f"{name}@{which}")
+    except BlockedError as blocked:
+        raise RefusedError(409, str(blocked)) from None
+    except UserError as problem:
+        raise RefusedError(400, str(problem)) from None
 
 
 async def _infer(call: _Call, model: ServedModel, models: Repository) -> Response:
@@ -272,10 +269,10 @@ async def run(model: ServedModel, request: InferRequest, models: Repository) -> 
     """Outputs of a decoded request; a shadow is asked too. Raises RefusedError with the status that says why there are none."""
     try:
         async with asyncio.timeout(request.timeout_s):
-            told = models.watched(model, request.feeds)
-            outputs = await model.batcher.submit(request.feeds, request.priority)
-            if told is not None:
-                told(outputs)
+            watching: list[Callable[[Outputs], None] | None] = []  # the shadow, asked what is run only
+            outputs = await model.batcher.submit(request.feeds, request.priority, lambda: watching.append(models.watched(model, request.feeds)))
+            if watching[0] is not None:
+                watching[0](outputs)
             return outputs
     except (QueueFullError, TimeoutError, ClosedError, TooManySamplesError, EngineFailedError) as problem:
         raise refusal(model, problem) from None

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +26,8 @@ from portaisys.serve.model import BlockedError, Limits, ServedModel, open_refere
 from portaisys.spec import Storage, UserError
 
 logger = logging.getLogger(__name__)
+
+RETRY_S = 60.0  # between attempts at a version that could not be loaded
 
 
 class UnknownModelError(UserError):
@@ -39,6 +43,8 @@ class Served:
     failed: dict[str, str] = field(default_factory=dict)
     default: str = ""
     release: Release = field(default_factory=Release)
+    tried: tuple[list[str], Traffic] = field(default_factory=lambda: ([], Traffic()))  # what was wanted when it became what it is
+    retry_at: float = math.inf  # monotonic, where some of that failed
 
 
 @dataclass
@@ -105,7 +111,7 @@ class Repository:
         async with self._alone.setdefault(name, asyncio.Lock()):
             try:
                 wanted = list(await asyncio.to_thread(self.expand, reference))
-                await self._become(name, reference, wanted, await asyncio.to_thread(self.traffic, name))
+                await self._become(name, reference, wanted, await self._traffic(name))
             finally:
                 if name not in self.served:
                     self._alone.pop(name, None)  # names that do not exist must not gather
@@ -114,28 +120,34 @@ class Repository:
         """Follow the registry: what references name now, and their traffic. What fails is logged, and everything is as it was."""
         for name, one in list(self.served.items()):
             try:
-                wanted = list(await asyncio.to_thread(self.expand, one.reference))
-                traffic = await asyncio.to_thread(self.traffic, name)
-                if self.served.get(name) is one and self._differs(one, wanted, traffic):
-                    async with self._alone.setdefault(name, asyncio.Lock()):
-                        await self._become(name, one.reference, wanted, traffic)
-                        logger.info("%s: now %s by default, traffic %s", name, one.default, traffic.to_dict())
+                await self._follow(name, one)
             except UserError as error:
                 logger.warning("%s stays as it is: %s", name, error)
 
-    def _differs(self, one: Served, wanted: Sequence[str], traffic: Traffic) -> bool:
-        """Whether what is wanted is not what is here; a version that could not be loaded is not tried again until something changes."""
-        numbers = [reference.partition("@")[2] for reference in wanted]
-        if not all(number.isdecimal() for number in numbers):  # the registry is down: an alias could not be looked up
-            return False
-        here = {*one.models, *one.failed}
-        return numbers[0] not in (one.default, *one.failed) or {*numbers, *traffic.versions} != here or traffic != one.release.traffic
+    async def _follow(self, name: str, one: Served) -> None:
+        reference = one.reference
+        wanted = list(await asyncio.to_thread(self.expand, reference))
+        traffic = await asyncio.to_thread(self.traffic, name)
+        async with self._alone.setdefault(name, asyncio.Lock()):
+            if self.served.get(name) is not one or one.reference != reference or not _differs(one, wanted, traffic):
+                return
+            one.tried, one.retry_at = (wanted, traffic), time.monotonic() + RETRY_S  # so it stands when it fails
+            await self._become(name, reference, wanted, traffic)
+        logger.info("%s: now %s by default, traffic %s", name, one.default, traffic.to_dict())
+
+    async def _traffic(self, name: str) -> Traffic:
+        """The traffic of a name that is loaded; what it had, or none, where the registry does not tell."""
+        try:
+            return await asyncio.to_thread(self.traffic, name)
+        except UserError as error:
+            logger.warning("%s: its traffic stays as it is: %s", name, error)
+            return self.served[name].release.traffic if name in self.served else Traffic()
 
     async def _become(self, name: str, reference: str, wanted: list[str], traffic: Traffic) -> None:
         """Have exactly these versions here, and those that the traffic needs."""
         extra = [f"{name}@{version}" for version in traffic.versions if f"{name}@{version}" not in wanted]
         before = dict(self.served[name].models) if name in self.served else {}
-        opened, reasons = await self._open(name, [*wanted, *extra], before)
+        opened, reasons = await self._open([*wanted, *extra], before)
         named = {model.version for model in opened}
         if not any(model.version not in traffic.versions or f"{name}@{model.version}" in wanted for model in opened):
             raise UserError(f"{name}: {'; '.join(reasons.values()) or 'no version of it is named'}")
@@ -143,6 +155,7 @@ class Repository:
             self.put(model, default=index == 0)
         one = self.served[name]
         one.reference, one.failed = reference, reasons
+        one.tried, one.retry_at = (wanted, traffic), time.monotonic() + RETRY_S if reasons else math.inf
         if traffic != one.release.traffic:
             one.release = Release(traffic)
         for model in opened:
@@ -151,9 +164,10 @@ class Repository:
         await self._leave(name, [model for number, model in before.items() if number not in named])
 
     async def unload(self, name: str, version: str | None = None) -> None:
-        """Take a model out, or one version of it; requests it has are answered first. Raises UnknownModelError."""
+        """Take a model out, or one version of it; requests it has are answered first. It stays out until the registry says otherwise. Raises UnknownModelError."""
         self.pick(name, version)
         async with self._alone.setdefault(name, asyncio.Lock()):
+            self.pick(name, version)  # somebody else may have been faster
             models = self.served[name].models
             await self._leave(name, [models[version]] if version else list(models.values()))
 
@@ -175,7 +189,7 @@ class Repository:
         one = self.served[name]
         return {"name": name, "reference": one.reference, "default": one.default, "versions": self.versions(name), "ladders": {number: model.ladder.status() for number, model in one.models.items() if model.ladder}, **one.release.traffic.to_dict(), "compared": one.release.compared.to_dict()}
 
-    async def _open(self, name: str, wanted: Sequence[str], here: Mapping[str, ServedModel]) -> tuple[list[ServedModel], dict[str, str]]:
+    async def _open(self, wanted: Sequence[str], here: Mapping[str, ServedModel]) -> tuple[list[ServedModel], dict[str, str]]:
         """The models of these references, those that are here already as they are, and why others are not."""
         opened: list[ServedModel] = []
         reasons: dict[str, str] = {}
@@ -203,10 +217,16 @@ class Repository:
             one.default = max(one.models, key=int, default="")
         if not one.models:
             del self.served[name]
-            self._alone.pop(name, None)
         self.generation += 1
         for model in models:
             await model.close()
+
+
+def _differs(one: Served, wanted: list[str], traffic: Traffic) -> bool:
+    """Whether the registry wants other things than when it was followed last, or it is time to try again what failed then."""
+    if not all(reference.partition("@")[2].isdecimal() for reference in wanted):  # it is down: an alias could not be looked up
+        return False
+    return (wanted, traffic) != one.tried or time.monotonic() >= one.retry_at
 
 
 def of_models(*models: ServedModel) -> Repository:
@@ -229,12 +249,8 @@ def of_storage(storage: Storage, limits: Limits, observe: Callable[[str], Callab
 
 
 def traffic_in(name: str, storage: Storage) -> Traffic:
-    """A name's traffic in the registry; none while it is down, or for an entry that makes no sense."""
-    try:
-        return traffic_of(registry.open_registry(storage, create=False).traffic(name))
-    except UserError as error:
-        logger.warning("%s: no traffic is set: %s", name, error)
-        return Traffic()
+    """A name's traffic in the registry. Raises UserError while it is down, and for an entry that makes no sense."""
+    return traffic_of(registry.open_registry(storage, create=False).traffic(name))
 
 
 def expand(reference: str, storage: Storage) -> list[str]:
