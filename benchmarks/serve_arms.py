@@ -79,7 +79,7 @@ def core(cnn: str, port: int | None) -> Any:
 
     def served(name: str, engine: Any) -> ServedModel:
         stats = Stats()
-        return ServedModel(name, "1", engine, Batcher(engine.run, max_batch=MAX_BATCH, observe=stats.add), (), {"digest": "0" * 64}, (), stats)
+        return ServedModel(name, "1", engine, Batcher(engine.run, max_batch=MAX_BATCH, observe=stats.batch), (), {"digest": "0" * 64}, (), stats)
 
     models = of_models(served("identity", Identity()), served("cnn", onnxruntime.load(Path(cnn), Options("int8", provider="cpu"))))
     return Core(models, (), Listen(http_port=port)).start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -374,13 +375,30 @@ def test_an_int8_engine_computes_the_rest_in_bf16_only_where_it_was_asked_for_an
 def test_openvino_for_throughput_shares_a_batch_out_and_puts_it_together_in_order(fp32, tmp_path, batch):
     options = Options(hint="throughput", threads=2)
     engine = opened(fp32, options, tmp_path / "engine")
-    assert len(engine._requests) == 2
+    requests = engine._lanes.get()
+    assert len(requests) == 2
+    engine._lanes.put(requests)
     x = rows(batch, seed=5)
     (answer,) = engine.run({"x": x}).values()
     np.testing.assert_allclose(answer, plain(fp32, x), rtol=1e-3, atol=1e-4)
     before = answer.copy()
     engine.run({"x": rows(batch, seed=6)})
     np.testing.assert_array_equal(answer, before)  # an answer is not overwritten by the next batch
+
+
+@pytest.mark.parametrize(("hint", "threads"), [("latency", 1), ("throughput", 2)])
+def test_openvino_takes_calls_of_several_threads_at_once_and_mixes_no_rows(fp32, tmp_path, hint, threads):
+    rng = np.random.default_rng(0)
+    vino.build(fp32, Options("fp32", hint=hint), tmp_path / "v")
+    engine = vino.load(tmp_path / "v", Options("fp32", hint=hint, threads=threads, slots=2))
+    feeds = [rng.normal(size=(1 + number % 8, *engine.inputs[0].shape[1:])).astype(np.float32) for number in range(60)]
+    name, scores = engine.inputs[0].name, engine.outputs[0].name
+    expected = [engine.run({name: x})[scores] for x in feeds]
+    with ThreadPoolExecutor(4) as threads_of_callers:
+        answers = list(threads_of_callers.map(lambda x: engine.run({name: x})[scores], feeds * 5))
+    for answer, right in zip(answers, expected * 5, strict=True):
+        np.testing.assert_allclose(answer, right, rtol=1e-4, atol=1e-5)
+    engine.close()
 
 
 def test_without_openvino_the_error_names_the_extra(monkeypatch):

@@ -35,7 +35,7 @@ WEIGHTS = np.arange(24, dtype=np.float32).reshape(6, 4) / 10
 
 def served(name: str, version: str, engine: Any = None, **limits: Any) -> ServedModel:
     engine, stats = engine or Linear(), Stats()
-    batcher = Batcher(engine.run, **{"max_batch": 8, "max_queue": 64, "observe": stats.add, **limits})
+    batcher = Batcher(engine.run, **{"max_batch": 8, "max_queue": 64, "observe": stats.batch, **limits})
     return ServedModel(name, version, engine, batcher, (), {"digest": "d" * 64}, (), stats)
 
 

@@ -106,7 +106,7 @@ def test_health_and_server_metadata_are_what_the_clients_read(server: Server) ->
     assert json.loads(server("/v2/health/live").body) == {"live": True}
     assert json.loads(server("/v2/health/ready").body) == {"ready": True}
     about = json.loads(server("/v2").body)
-    assert set(about) == {"name", "version", "extensions"} and "binary_tensor_data" in about["extensions"]
+    assert set(about) == {"name", "version", "extensions", "ports"} and "binary_tensor_data" in about["extensions"]
     assert "statistics" in about["extensions"]  # which perf_analyzer then asks for
 
 

@@ -65,7 +65,7 @@ def opened(reference: str) -> ServedModel:
     if name not in KINDS or not version.isdecimal():
         raise UserError(f"{name}: no such model")
     engine, stats = KINDS[name](int(version)), Stats()
-    batcher = Batcher(engine.run, max_batch=64, max_queue=1024, observe=stats.add)
+    batcher = Batcher(engine.run, max_batch=64, max_queue=1024, observe=stats.batch)
     return ServedModel(name, version, engine, batcher, (), {"digest": "d" * 64}, (), stats)  # type: ignore[arg-type]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -36,7 +36,7 @@ class Options:
 
     `dims`: any other free dimension by its name in the file, with its least, usual and largest size. `hint`: what is tuned for,
     "latency" or "throughput". `provider`: ONNX Runtime's, "auto" is CUDA where there is one. `workspace_mib` (None: the library's
-    default), `optimization_level` (0 to 5) and `sparse` (2:4 weights) are TensorRT's. `slots`: batches in flight on one GPU engine.
+    default), `optimization_level` (0 to 5) and `sparse` (2:4 weights) are TensorRT's. `slots`: calls of one engine that may run at once, from as many threads.
     """
 
     precision: str = "fp32"
@@ -76,10 +76,11 @@ def remembered(options: Options) -> dict[str, Any]:
     return {name: getattr(options, name) for name in REMEMBERED}
 
 
-def recalled(about: Mapping[str, Any], precision: str, threads: int) -> Options:
-    """The options out of a `version.json`, as they were judged; of an older version without them, the defaults."""
+def recalled(about: Mapping[str, Any], precision: str, threads: int, slots: int | None = None) -> Options:
+    """The options out of a `version.json`, as they were judged; of an older version without them, the defaults. `slots`: None is as judged."""
     dims = tuple(tuple(dim) for dim in about.get("dims", ()))
-    return Options(precision, about["opt_batch"], about["max_batch"], dims, threads=threads, **about.get("options", {}))
+    options = Options(precision, about["opt_batch"], about["max_batch"], dims, threads=threads, **about.get("options", {}))
+    return options if slots is None else replace(options, slots=slots)
 
 
 # What of the options decides how a built engine is run, not what is built.
@@ -87,7 +88,7 @@ RUN_ONLY = ("threads", "slots", "cuda_graphs")
 
 
 class Engine(Protocol):
-    """A loaded engine. `run` may be called from any thread, one call at a time an engine."""
+    """A loaded engine. `run` may be called from any thread, so many calls at once as its options have slots."""
 
     backend: str
     precision: str

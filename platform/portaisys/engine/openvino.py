@@ -8,6 +8,7 @@ throughput, a thread is a stream of its own and a batch is shared out among them
 from __future__ import annotations
 
 import importlib
+import queue
 from pathlib import Path
 from typing import Any
 
@@ -49,45 +50,56 @@ def load(built: Path, options: Options, kept: Path | None = None) -> OpenVinoEng
     core = _library().Core()
     _refuse_without_bf16(core, options.precision)
     try:
-        return OpenVinoEngine(core.import_model(built.read_bytes(), "CPU", _config(core, options)), options.precision, _streams(options))
+        return OpenVinoEngine(core.import_model(built.read_bytes(), "CPU", _config(core, options)), options.precision, _streams(options), options.slots)
     except RuntimeError as error:
         raise UserError(f"{built}: OpenVINO cannot open it: {_reason(error)}") from error
 
 
 class OpenVinoEngine:
-    """A compiled model and a request a stream behind the Engine interface."""
+    """A compiled model behind the Engine interface. `slots`: calls at once, each with a request a stream."""
 
     backend = "openvino"
 
-    def __init__(self, compiled: Any, precision: str, streams: int = 1) -> None:
+    def __init__(self, compiled: Any, precision: str, streams: int = 1, slots: int = 1) -> None:
         self.precision, self.device = precision, device()
         self.inputs = tuple(_tensor(port) for port in compiled.inputs)
         self.outputs = tuple(_tensor(port) for port in compiled.outputs)
         shared = all(tensor.shape[:1] == (-1,) for tensor in (*self.inputs, *self.outputs))
-        self._requests = [compiled.create_infer_request() for _ in range(streams if shared else 1)]
+        self._lanes: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
+        for _ in range(slots):
+            self._lanes.put([compiled.create_infer_request() for _ in range(streams if shared else 1)])
 
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         """Outputs for a batch of inputs. Raises UserError for wrong names, types or shapes."""
         rows = check_feeds(self.inputs, feeds)
-        if len(self._requests) == 1 or rows == 1:
-            found = self._requests[0].infer(dict(feeds), share_inputs=True)
+        requests = self._lanes.get()
+        try:
+            return self._answered(requests, feeds, rows)
+        finally:
+            self._lanes.put(requests)
+
+    def _answered(self, requests: list[Any], feeds: Arrays, rows: int) -> dict[str, NDArray[Any]]:
+        if len(requests) == 1 or rows == 1:
+            found = requests[0].infer(dict(feeds), share_inputs=True)
             return {tensor.name: found[index] for index, tensor in enumerate(self.outputs)}
-        parts = self._started(feeds, rows)
+        parts = _started(requests, feeds, rows)
         for request in parts:
             request.wait()
         return {tensor.name: np.concatenate([request.get_output_tensor(index).data for request in parts]) for index, tensor in enumerate(self.outputs)}
 
-    def _started(self, feeds: Arrays, rows: int) -> list[Any]:
-        """Requests under way, each with its share of the rows."""
-        ends = [rows * part // len(self._requests) for part in range(len(self._requests) + 1)]
-        shares = [(request, slice(*ends[part : part + 2])) for part, request in enumerate(self._requests) if ends[part] < ends[part + 1]]
-        for request, share in shares:
-            request.start_async({name: array[share] for name, array in feeds.items()}, share_inputs=True)
-        return [request for request, _ in shares]
-
     def close(self) -> None:
         """Free the requests and their memory."""
-        self._requests = []
+        while not self._lanes.empty():
+            self._lanes.get()
+
+
+def _started(requests: list[Any], feeds: Arrays, rows: int) -> list[Any]:
+    """Requests under way, each with its share of the rows."""
+    ends = [rows * part // len(requests) for part in range(len(requests) + 1)]
+    shares = [(request, slice(*ends[part : part + 2])) for part, request in enumerate(requests) if ends[part] < ends[part + 1]]
+    for request, share in shares:
+        request.start_async({name: array[share] for name, array in feeds.items()}, share_inputs=True)
+    return [request for request, _ in shares]
 
 
 def _library() -> Any:
@@ -101,7 +113,7 @@ def _config(core: Any, options: Options) -> dict[str, Any]:
     hint = _HINTS["bf16" if options.precision == "int8" and options.rest == "bf16" and _has_bf16(core) else options.precision]
     # Replicas share cores: threads as given, none of them pinned to a core that another replica's may be pinned to as well.
     return {
-        "INFERENCE_NUM_THREADS": options.threads, "NUM_STREAMS": _streams(options), "PERFORMANCE_HINT": options.hint.upper(), "ENABLE_CPU_PINNING": False,
+        "INFERENCE_NUM_THREADS": options.threads * options.slots, "NUM_STREAMS": _streams(options) * options.slots, "PERFORMANCE_HINT": options.hint.upper(), "ENABLE_CPU_PINNING": False,
         "INFERENCE_PRECISION_HINT": hint,
     }  # fmt: skip
 

@@ -24,7 +24,9 @@ from portaisys.serve import protocol
 from portaisys.serve.core import Core, Listen
 from portaisys.serve.model import Limits
 from portaisys.serve.ray_metrics import RayMetrics, ReplyMetrics
-from portaisys.serve.repository import of_storage
+from portaisys.serve.repository import Room, of_storage
+from portaisys.serve.scaling import LOAD, Autoscale, LoadMeter
+from portaisys.serve.siblings import Change, Siblings
 from portaisys.spec import Precision, Storage
 
 logger = logging.getLogger("portaisys.serve")
@@ -45,6 +47,12 @@ class ServeArgs(BaseModel):
     max_delay_ms: float = Field(0.0, ge=0)
     max_queue: int = Field(1024, ge=1)
     threads: int = Field(1, ge=1)
+    # Batches that run at once on one engine, each on `threads` of its own; None: as the version was judged.
+    instances: int | None = Field(None, ge=1, le=64)
+    # What the engines of a replica may take together; the model that was asked least recently leaves memory beyond it. None: no limit.
+    memory_mib: float | None = Field(None, gt=0)
+    # Of answers kept for inputs that come again; 0: none are.
+    response_cache_mib: float = Field(0.0, ge=0)
     data_host: str = "127.0.0.1"
     data_port: int | None = Field(None, ge=0, le=65535)
     grpc_port: int | None = Field(None, ge=0, le=65535)
@@ -54,6 +62,8 @@ class ServeArgs(BaseModel):
     # Of so many batches one is answered by the fp32 engine too, for the precision ladder; 0: none.
     check_every: int = Field(100, ge=0)
     num_replicas: int = Field(1, ge=1)
+    # Instead of num_replicas: as many as the load needs.
+    autoscale: Autoscale | None = None
     num_cpus: float = Field(1.0, ge=0)
     num_gpus: float = Field(0.0, ge=0)
     # Labels that a node must have to hold a replica, {role: inference} on the clusters of docs/cluster.md.
@@ -67,13 +77,19 @@ class ServeArgs(BaseModel):
             raise ValueError(f"max_queue {self.max_queue} is below max_batch {self.max_batch}, so no batch could fill; raise max_queue")
         return self
 
+    @model_validator(mode="after")
+    def _one_number_of_replicas(self) -> "ServeArgs":
+        if self.autoscale is not None and "num_replicas" in self.model_fields_set:
+            raise ValueError("num_replicas and autoscale both say how many replicas there are; keep one")
+        return self
+
     @property
     def references(self) -> tuple[str, ...]:
         return (self.model,) if isinstance(self.model, str) else self.model
 
     @property
     def limits(self) -> Limits:
-        return Limits(self.max_batch, self.max_delay_ms, self.max_queue, self.threads, self.precision, self.check_every)
+        return Limits(self.max_batch, self.max_delay_ms, self.max_queue, self.threads, self.precision, self.check_every, self.instances)
 
 
 class Replica:
@@ -83,11 +99,14 @@ class Replica:
         parsed = ServeArgs.model_validate(args)
         _log_where_serve_logs()
         self._replies = ReplyMetrics()
-        models = of_storage(parsed.storage, parsed.limits, lambda reference: RayMetrics(reference).batch)
+        models = of_storage(parsed.storage, parsed.limits, RayMetrics, Room(parsed.memory_mib, parsed.response_cache_mib))
         listen = Listen(host=parsed.data_host, http_port=parsed.data_port, grpc_port=parsed.grpc_port, tls_cert=parsed.tls_cert, tls_key=parsed.tls_key, keys=parsed.keys, shared=True)
         self._core = Core(models, parsed.references, listen, self._replies.count).start()
         for model in self._core.models.all():
             RayMetrics(f"{model.name}@{model.version}").fallbacks(model.fallbacks)
+        self._siblings, self._load = Siblings(), LoadMeter()
+        models.tell_others = self._siblings.tell
+        self._joined: asyncio.Task[None] | None = None
         if self._core.ports:
             logger.info("listening on %s at %s", parsed.data_host, self._core.ports)
 
@@ -102,8 +121,30 @@ class Replica:
         self._replies.count(reply.status)
         return Response(reply.body, reply.status, dict(reply.headers))
 
+    async def changed(self, by: str, name: str, action: str, parameters: dict[str, Any]) -> str:
+        """Another replica was asked to load or unload: do so too. Returns why not, or nothing."""
+        return (
+            "" if by == self._siblings.mine else await asyncio.to_thread(self._core.run, self._core.follow_hand(name, action, parameters))
+        )
+
+    async def changes(self, by: str) -> dict[str, Change]:
+        """What was loaded and unloaded by hand here."""
+        return {} if by == self._siblings.mine else dict(self._core.models.by_hand)
+
+    async def _join(self) -> None:
+        """Do what the others were asked before this replica was there to be told."""
+        for name, (action, parameters) in (await self._siblings.changes()).items():
+            if self._core.models.by_hand.get(name) != (action, parameters):
+                await asyncio.to_thread(self._core.run, self._core.follow_hand(name, action, parameters))
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Ray's controller hears of this replica for its policy."""
+        return {LOAD: self._load.read(self._core.models.all())}
+
     async def check_health(self) -> None:
         """Ray replaces a replica that raises here."""
+        if self._joined is None:  # the first look comes once Ray knows this replica, and tells it what comes after
+            self._joined = asyncio.create_task(self._join())
         self._replies.flush()
         self._replies.models(list(self._core.models.all()))
         for model in list(self._core.models.all()):
@@ -144,7 +185,7 @@ def build_app(args: ServeArgs) -> serve.Application:
     storage = args.storage.model_copy(update={"path": _absolute(args.storage.path), "cache": _absolute(args.storage.cache)})
     deployment = serve.deployment(Replica).options(
         name="inference",
-        num_replicas=args.num_replicas,
+        **({"autoscaling_config": args.autoscale.config()} if args.autoscale else {"num_replicas": args.num_replicas}),
         # Well above what runs and waits: what Serve itself holds back waits unseen, the batcher's limit answers 503.
         max_ongoing_requests=4 * args.max_queue,
         max_surge_percent=args.max_surge_percent,

@@ -23,7 +23,7 @@ from portaisys.serve import protocol
 from portaisys.serve.grpc import GrpcPort
 from portaisys.serve.http import Bounds, Port
 from portaisys.serve.keys import read_keys, refuse_open
-from portaisys.serve.repository import Repository
+from portaisys.serve.repository import Repository, UnknownModelError
 from portaisys.spec import UserError
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,7 @@ class Core:
         except BaseException:
             self.stop(drain_s=0)
             raise
+        self.models.ports = self.ports
         self._following = asyncio.run_coroutine_threadsafe(self._follow(), self._loop)
         # What is there now stays: the collector need not look at it again while requests wait.
         gc.collect()
@@ -93,6 +94,18 @@ class Core:
         """Answer a request that came another way; from any other loop. Cancelling it cancels the request."""
         asked = asyncio.run_coroutine_threadsafe(protocol.handle(method, path, headers, body, self.models, self._keys), self._loop)
         return await asyncio.wrap_future(asked)
+
+    async def follow_hand(self, name: str, action: str, parameters: Mapping[str, Any]) -> str:
+        """Load or unload what another replica was asked to; on this loop. Returns why not, or nothing."""
+        self.models.by_hand[name] = action, dict(parameters)
+        try:
+            await protocol.change(self.models, name, action, parameters, spread=False)
+        except UnknownModelError:
+            return "" if action == "unload" else "unknown model"  # it is out already
+        except protocol.RefusedError as refused:
+            logger.warning("%s of %s, which another replica was asked: %s", action, name, refused)
+            return str(refused)
+        return ""
 
     def stop(self, drain_s: float = DRAIN_S) -> None:
         """Answer what is under way, then close everything; a second call does nothing."""

@@ -7,6 +7,7 @@ that is in any way unusual is left to `protocol.handle`. Knows neither sockets n
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from portaisys.serve import protocol
 from portaisys.serve.batcher import Piece, RowShapes
 from portaisys.serve.model import ServedModel
 from portaisys.serve.protocol import Head, RefusedError
-from portaisys.serve.repository import Repository
+from portaisys.serve.repository import Repository, RestingError
 
 REMEMBERED = 1024  # heads; beyond that all are forgotten, which costs each one parse
 MOST_JSON = 4096
@@ -65,10 +66,14 @@ class FastLane:
 
         Raises RefusedError or UnknownModelError for a request that is wrong.
         """
+        began = time.perf_counter()
         if self._generation != self._models.generation:
             self._known.clear()
             self._generation = self._models.generation
-        model = self._models.pick(name, version, headers)
+        try:
+            model = self._models.pick(name, version, headers)
+        except RestingError:
+            return None
         known = self._known.get((model, body[:json_bytes])) or self._learn(model, json_bytes, body)
         if known is None:
             return None
@@ -81,10 +86,10 @@ class FastLane:
             array = np.frombuffer(body, dtype, count, offset)
             _check(cut_name, dtype, array)
             feeds[cut_name] = array.reshape(shape)
-        pieces = self._queued(known, feeds, answer, refused)
+        pieces = self._queued(known, feeds, answer, refused, began)
         return model, pieces, known.head.timeout_s
 
-    def _queued(self, known: Known, feeds: Mapping[str, NDArray[Any]], answer: Answer, refused: Refusal) -> list[Piece]:
+    def _queued(self, known: Known, feeds: Mapping[str, NDArray[Any]], answer: Answer, refused: Refusal, began: float) -> list[Piece]:
         model, wanted = known.model, known.head.wanted
 
         def done(outputs: dict[str, NDArray[Any]] | None, problem: Exception | None) -> None:
@@ -98,7 +103,7 @@ class FastLane:
                 told(outputs)
 
         try:
-            pieces = model.batcher.put(feeds, done, priority=known.head.priority, shapes=known.shapes)
+            pieces = model.batcher.put(feeds, done, priority=known.head.priority, shapes=known.shapes, began=began)
         except Exception as problem:
             raise protocol.refusal(model, problem) from None
         told = self._models.watched(model, feeds)  # of what is run only; `done` is called on a later turn of the loop

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from portaisys.serve.batcher import Outputs
 from portaisys.serve.keys import ForbiddenError, Keys
 from portaisys.serve.model import ServedModel
 from portaisys.serve.protocol import InferRequest, RefusedError, Wanted
-from portaisys.serve.repository import Repository, UnknownModelError
+from portaisys.serve.repository import Repository, RestingError, UnknownModelError
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +160,8 @@ class GrpcPort:
             asked = _parsed(request, body)
             if self.keys is not None and method not in _FOR_EVERYBODY:
                 self.keys.check(_headers(context), _asked_of(method, asked), admin=method == "RepositoryIndex")
+            if method.startswith("Model") and asked.name:
+                await protocol.wake(self.models, asked.name)
             tree = say(self.models, asked)
             return bytes(json_format.ParseDict(tree, response(), ignore_unknown_fields=True).SerializeToString())
 
@@ -206,7 +209,7 @@ class GrpcPort:
     def _health(self, service: str) -> str:
         models = list(self.models.all()) if service in ("", SERVICE) else [model for model in self.models.all() if model.name == service]
         if not models and service not in ("", SERVICE):
-            return "SERVICE_UNKNOWN"
+            return "SERVING" if self.models.rests(service) else "SERVICE_UNKNOWN"  # whoever asks it wakes it
         return "SERVING" if models and all(model.ready for model in models) and not self._leaving.is_set() else "NOT_SERVING"
 
     # --- inference ----------------------------------------------------------------------------------------------------
@@ -408,12 +411,27 @@ class Lane:
 
     async def answer(self, body: bytes, headers: Mapping[str, str], remaining_s: float | None) -> tuple[bytes, ServedModel]:
         """A serialized ModelInferResponse and who made it. `remaining_s`: until the call's deadline. Raises RefusedError or UnknownModelError."""
-        known, id_field, blobs = self._asked(body, headers)
+        begun = time.perf_counter()
+        known, id_field, feeds = await self._decoded(body, headers)
         model, head = known.model, known.head
-        feeds = known.feeds(blobs) if len(body) < protocol.IN_THREAD_BYTES else await asyncio.to_thread(known.feeds, blobs)
+        model.spent("decode", time.perf_counter() - begun)
         timeouts = [timeout_s for timeout_s in (head.timeout_s, remaining_s) if timeout_s is not None]
         outputs = await protocol.run(model, InferRequest(feeds, head.wanted, None, min(timeouts, default=None), head.priority), self._models)
-        return known.reply(outputs, id_field), model
+        begun = time.perf_counter()
+        reply = known.reply(outputs, id_field)
+        model.spent("deliver", time.perf_counter() - begun)
+        return reply, model
+
+    async def _decoded(self, body: bytes, headers: Mapping[str, str]) -> tuple[Known, bytes, dict[str, NDArray[Any]]]:
+        while True:
+            try:
+                known, id_field, blobs = self._asked(body, headers)
+            except RestingError as resting:
+                await protocol.wake(self._models, resting.name)
+                continue
+            feeds = known.feeds(blobs) if len(body) < protocol.IN_THREAD_BYTES else await asyncio.to_thread(known.feeds, blobs)
+            if not known.model.closed:  # else another version took its place while a thread decoded
+                return known, id_field, feeds
 
     def _asked(self, body: bytes, headers: Mapping[str, str]) -> tuple[Known, bytes, Sequence[memoryview]]:
         if self._generation != self._models.generation:

@@ -55,7 +55,7 @@ class Ladder:
     def __post_init__(self) -> None:
         self.engine = self.first
         self.window = Window()
-        self._open = {self.first.precision: self.first}
+        self.open: dict[str, Engine] = {self.first.precision: self.first}
         self._climbed = self.first.precision
         self._batches = 0
         self._lock = threading.Lock()
@@ -83,7 +83,7 @@ class Ladder:
 
     def close(self) -> None:
         """Free every engine that was opened."""
-        for engine in self._open.values():
+        for engine in self.open.values():
             engine.close()
 
     def status(self) -> dict[str, Any]:
@@ -137,11 +137,11 @@ class Ladder:
     def _opened(self, precision: str) -> Engine:
         if precision not in self.rungs:
             raise UserError(f"this version has {', '.join(self.rungs)}")
-        if precision not in self._open:
+        if precision not in self.open:
             with self._lock:
-                if precision not in self._open:
-                    self._open[precision] = self.opener(precision)
-        return self._open[precision]
+                if precision not in self.open:
+                    self.open[precision] = self.opener(precision)
+        return self.open[precision]
 
 
 def rungs_from(precision: str, admitted: Sequence[str]) -> list[str]:

@@ -9,30 +9,33 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from portaisys import artifact, registry
-from portaisys.engine import Arrays, Engine, Tensor, recalled, verify
+from portaisys.engine import Arrays, Engine, Options, Tensor, recalled, verify
 from portaisys.engine.cache import Cache, cache_of, get_or_build, load
+from portaisys.serve.answers import Answers, Recall
 from portaisys.serve.batcher import Batcher, BatchRecord, Outputs
 from portaisys.serve.ladder import Ladder, rungs_from
 from portaisys.spec import Storage, UserError
 
 logger = logging.getLogger(__name__)
 
+PER_FILE = 1.2  # bytes in memory for one of the file
 STUCK_S = 60.0  # an engine run longer than this is taken for hung: no admitted batch comes near it
 
 
 @dataclass(frozen=True)
 class Limits:
     """How a version is served. `max_batch`: None is what the version was verified up to; `precision`: None is the best that holds, and a
-    more exact one when it does not any more; of `check_every` batches one is answered by the fp32 engine too (0: none).
+    more exact one when it does not any more; of `check_every` batches one is answered by the fp32 engine too (0: none); `instances`:
+    batches that run at once, each on `threads` of its own (None: as many slots as the version was judged with).
     """
 
     max_batch: int | None = None
@@ -41,6 +44,19 @@ class Limits:
     threads: int = 1
     precision: str | None = None
     check_every: int = 100
+    instances: int | None = None
+
+
+class Observer(Protocol):
+    """Who is told what requests cost, called on the loop."""
+
+    def batch(self, record: BatchRecord) -> None:
+        """One run of the engine."""
+        ...
+
+    def stage(self, name: str, seconds: float) -> None:
+        """`decode` or `deliver` of one request that is not part of a batch's own record."""
+        ...
 
 
 class BlockedError(UserError):
@@ -57,6 +73,7 @@ class Stats:
     failed_batches: int = 0
     failed_requests: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
+    decode_s: float = 0.0
     queue_s: float = 0.0
     assembly_s: float = 0.0
     engine_s: float = 0.0
@@ -65,13 +82,14 @@ class Stats:
     by_size: dict[int, tuple[int, float]] = field(default_factory=dict)
     last: float = 0.0  # seconds since the epoch, of the last batch
 
-    def add(self, record: BatchRecord) -> None:
+    def batch(self, record: BatchRecord) -> None:
         """One run of the engine."""
         self.batches += 1
         self.samples += record.samples
         self.requests += record.requests
         self.failed_batches += record.failed
         self.failed_requests += record.requests * record.failed
+        self.decode_s += record.decode_sum_s
         self.queue_s += record.queue_sum_s
         self.assembly_s += record.assembly_s
         self.engine_s += record.engine_s
@@ -79,6 +97,13 @@ class Stats:
         count, seconds = self.by_size.get(record.samples, (0, 0.0))
         self.by_size[record.samples] = count + 1, seconds + record.engine_s
         self.last = time.time()
+
+    def stage(self, name: str, seconds: float) -> None:
+        """Decoding or delivering of one request."""
+        if name == "decode":
+            self.decode_s += seconds
+        else:
+            self.deliver_s += seconds
 
     def reject(self, reason: str) -> None:
         """A request that was not run, by a reason out of a short list."""
@@ -98,12 +123,24 @@ class ServedModel:
     fallbacks: Sequence[str] = ()
     stats: Stats = field(default_factory=Stats)
     ladder: Ladder | None = None
+    recall: Recall | None = None
+    observers: Sequence[Observer] = ()
+    file_bytes: Mapping[str, int] = field(default_factory=dict)  # precision -> of its ONNX file
     closed: bool = False
 
     @property
     def precision(self) -> str:
         """Of the engine that answers now."""
         return self.ladder.engine.precision if self.ladder else self.engine.precision
+
+    @property
+    def memory_bytes(self) -> int:
+        """About what its engines take: what a GPU engine says of itself, else 1.2 times the file, which is also what TensorFlow Serving reckons with."""
+        engines = self.ladder.open if self.ladder else {self.engine.precision: self.engine}
+        return sum(
+            getattr(engine, "memory_bytes", 0) or int(PER_FILE * self.file_bytes.get(precision, 0))
+            for precision, engine in list(engines.items())
+        )
 
     @property
     def stamp(self) -> str:
@@ -122,6 +159,11 @@ class ServedModel:
     def ready(self) -> bool:
         return not self.closed and self.batcher.busy_s() < STUCK_S
 
+    def spent(self, stage: str, seconds: float) -> None:
+        """Tell everybody of a stage of one request."""
+        for observer in self.observers:
+            observer.stage(stage, seconds)
+
     async def infer(self, feeds: Arrays) -> Outputs:
         """Outputs for a batch of inputs; raises what `Batcher.submit` raises."""
         return await self.batcher.submit(feeds)
@@ -133,8 +175,10 @@ class ServedModel:
         (self.ladder or self.engine).close()
 
 
-def open_reference(reference: str, storage: Storage, limits: Limits, observe: Callable[[BatchRecord], None] | None = None) -> ServedModel:
-    """Fetch "NAME@ALIAS" (from the local copy when the registry is down) and open it.
+def open_reference(
+    reference: str, storage: Storage, limits: Limits, observer: Observer | None = None, answers: Answers | None = None
+) -> ServedModel:
+    """Fetch "NAME@ALIAS" (from the local copy when the registry is down) and open it. `answers`: where those it gives are kept.
 
     Raises UserError for an unknown reference, a damaged copy, or when no admitted precision holds here.
     """
@@ -144,7 +188,9 @@ def open_reference(reference: str, storage: Storage, limits: Limits, observe: Ca
     if version.verdict != "pass":
         raise BlockedError(f"{version}: its verdict is {version.verdict!r} ({version.because}), so it is not served; name a version that passed (portaisys versions {version.name})")
     traced = {"run": version.run_id, "registry": fetched.note or "asked"}
-    return open_version(fetched.path, number, cache_of(storage), limits, observe, name=version.name, digest=version.digest, traced=traced)
+    return open_version(
+        fetched.path, number, cache_of(storage), limits, observer, answers, name=version.name, digest=version.digest, traced=traced
+    )
 
 
 @dataclass(frozen=True)
@@ -176,7 +222,8 @@ def open_version(
     number: str,
     cache: Cache,
     limits: Limits,
-    observe: Callable[[BatchRecord], None] | None = None,
+    observer: Observer | None = None,
+    answers: Answers | None = None,
     *,
     name: str | None = None,
     digest: str | None = None,
@@ -192,12 +239,17 @@ def open_version(
     engine, fallbacks = _first_that_holds(found, about, cache, limits)
     _warm(engine, found, [size for size in _sizes(about) if size <= max_batch])
     name, stats = name or about["name"], Stats()
-    observers = _both(stats.add, observe)
+    observers: list[Observer] = [stats, observer] if observer else [stats]
     ladder = _ladder(found, about, cache, limits, engine)
-    batcher = Batcher(ladder.run, max_batch=max_batch, max_queue=limits.max_queue, max_delay_ms=limits.max_delay_ms, observe=observers)
+    recall = Recall(answers, lambda: f"{name}/{number} {found.digest} {ladder.engine.precision}") if answers else None
+    batcher = Batcher(
+        ladder.run, max_batch=max_batch, max_queue=limits.max_queue, max_delay_ms=limits.max_delay_ms, instances=_recalled(about, engine.precision, limits).slots,
+        observe=lambda record: _tell(observers, record), memory=recall,
+    )  # fmt: skip
     lineage = _lineage(found, about, number, {**asdict(limits), **_serving(engine), "max_batch": max_batch, "fallbacks": fallbacks}) | dict(traced or {})
+    sizes = {precision: found.file(f"{precision}.onnx").stat().st_size for precision in about["precisions"]}
     logger.info("%s@%s: %s ready after %.2f s", name, number, engine.precision, time.monotonic() - started)
-    return ServedModel(name, number, engine, batcher, tuple(about["labels"]), lineage, fallbacks, stats, ladder)
+    return ServedModel(name, number, engine, batcher, tuple(about["labels"]), lineage, fallbacks, stats, ladder, recall, observers, sizes)
 
 
 def _verified(folder: Path, digest: str | None) -> artifact.Artifact:
@@ -207,13 +259,9 @@ def _verified(folder: Path, digest: str | None) -> artifact.Artifact:
     return found
 
 
-def _both(first: Callable[[BatchRecord], None], second: Callable[[BatchRecord], None] | None) -> Callable[[BatchRecord], None]:
-    def observe(record: BatchRecord) -> None:
-        first(record)
-        if second:
-            second(record)
-
-    return observe
+def _tell(observers: Sequence[Observer], record: BatchRecord) -> None:
+    for observer in observers:
+        observer.batch(record)
 
 
 def _max_batch(about: Mapping[str, Any], limits: Limits) -> int:
@@ -251,8 +299,12 @@ def _ladder(found: artifact.Artifact, about: Mapping[str, Any], cache: Cache, li
 
 
 def _opened(found: artifact.Artifact, about: Mapping[str, Any], cache: Cache, limits: Limits, precision: str) -> Engine:
-    options = recalled(about, precision, limits.threads)
+    options = _recalled(about, precision, limits)
     return load(get_or_build(found.file(f"{precision}.onnx"), about["backends"][precision], options, cache), options)
+
+
+def _recalled(about: Mapping[str, Any], precision: str, limits: Limits) -> Options:
+    return recalled(about, precision, limits.threads, limits.instances)
 
 
 def _first_that_holds(found: artifact.Artifact, about: Mapping[str, Any], cache: Cache, limits: Limits) -> tuple[Engine, list[str]]:

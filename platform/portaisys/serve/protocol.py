@@ -16,6 +16,7 @@ import logging
 import math
 import re
 import struct
+import time
 import zlib
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -164,7 +165,7 @@ def error(status: int, message: str, headers: Mapping[str, str] | None = None) -
 async def _route(call: _Call, parts: Sequence[str], models: Repository) -> Response:
     match parts:
         case ["v2"]:
-            return _get(call, server_metadata())
+            return _get(call, {**server_metadata(), "ports": models.ports})
         case ["v2", "health", "live"]:
             return _get(call, {"live": True})
         case ["v2", "health", "ready"]:
@@ -178,13 +179,26 @@ async def _route(call: _Call, parts: Sequence[str], models: Repository) -> Respo
         case ["v2", "repository", "models", name, ("load" | "unload") as action]:
             return await _change(call, models, name, action)
         case ["v2", "models", name, "versions", version, *action] if len(action) < 2:
-            return await _act(call, models.pick(name, version), models, *action)
+            return await _infer(call, models, name, version) if action == ["infer"] else await _act(call, models, name, version, *action)
         case ["v2", "models", name, *action] if len(action) < 2:
-            return await _act(call, models.pick(name, None, call.headers if action == ["infer"] else None), models, *action)
+            return await _infer(call, models, name, None) if action == ["infer"] else await _act(call, models, name, None, *action)
     raise RefusedError(404, "no such route; the protocol's are below the path v2")
 
 
-async def _act(call: _Call, model: ServedModel, models: Repository, action: str | None = None) -> Response:
+async def wake(models: Repository, name: str) -> None:
+    """Have a model that left memory back, which takes as long as loading it. Raises RefusedError (503) when it cannot be loaded any more."""
+    try:
+        await models.wake(name)
+    except UserError:
+        logger.exception("%s cannot be loaded again", name)
+        raise RefusedError(
+            503, "the model had left memory and cannot be loaded again now; the server's log has the cause", {"Retry-After": "5"}
+        ) from None
+
+
+async def _act(call: _Call, models: Repository, name: str, version: str | None, action: str | None = None) -> Response:
+    await wake(models, name)
+    model = models.pick(name, version)
     match action:
         case None:
             return _get(call, metadata(model, models.versions(model.name)))
@@ -196,8 +210,6 @@ async def _act(call: _Call, model: ServedModel, models: Repository, action: str 
             return _get(call, {"model_stats": [statistics(model)]})
         case "lineage":
             return _get(call, {**model.lineage, "ladder": model.ladder.status()} if model.ladder else model.lineage)
-        case "infer":
-            return await _infer(call, model, models)
         case "traffic":
             return _get(call, models.status(model.name))
     raise RefusedError(404, "no such route; a model has ready, config, stats, lineage, traffic and infer")
@@ -234,12 +246,17 @@ async def _change(call: _Call, models: Repository, name: str, action: str) -> Re
     return _json({})
 
 
-async def change(models: Repository, name: str, action: str, parameters: Mapping[str, Any]) -> None:
-    """Load or unload, as both protocols ask for it. Raises RefusedError (400; 409 for what its gate did not pass) or UnknownModelError."""
+async def change(models: Repository, name: str, action: str, parameters: Mapping[str, Any], *, spread: bool = True) -> None:
+    """Load or unload, as both protocols ask for it, here and, with `spread`, wherever else the models are.
+
+    Raises RefusedError (400; 409 for what its gate did not pass; 503 when not all replicas did it) or UnknownModelError.
+    """
     if not re.fullmatch("[a-z0-9][a-z0-9_-]{0,62}", name):
         raise RefusedError(400, "a model's name is of small letters, digits, - and _, at most 63")
     if action == "unload":
         await models.unload(name, _value(parameters, "version", str, None))
+        if spread:
+            await _spread(models, name, action, parameters)
         return
     which = _value(parameters, "reference", str, "production")
     if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.,:-]{0,100}", which):
@@ -250,19 +267,41 @@ async def change(models: Repository, name: str, action: str, parameters: Mapping
         raise RefusedError(409, str(blocked)) from None
     except UserError as problem:
         raise RefusedError(400, str(problem)) from None
+    if spread:
+        await _spread(models, name, action, parameters)
 
 
-async def _infer(call: _Call, model: ServedModel, models: Repository) -> Response:
-    if call.method != "POST":
-        raise RefusedError(405, "this route answers POST", {"Allow": "POST"})
-    if not model.ready:
-        raise RefusedError(503, "the model is not ready", {"Retry-After": "1"})
-    arguments = call.headers, call.body, model.inputs, model.outputs
-    short = len(call.body) < IN_THREAD_BYTES and "content-encoding" not in call.headers
-    request = decode(*arguments) if short else await asyncio.to_thread(decode, *arguments)
+async def _spread(models: Repository, name: str, action: str, parameters: Mapping[str, Any]) -> None:
+    try:
+        await models.spread(name, action, parameters)
+    except UserError as problem:
+        raise RefusedError(503, str(problem), {"Retry-After": "5"}) from None
+
+
+async def _infer(call: _Call, models: Repository, name: str, version: str | None) -> Response:
+    model, request = await _decoded(call, models, name, version)
     outputs = await run(model, request, models)
+    begun = time.perf_counter()
     body, headers = encode(request, outputs, model)
-    return Response(200, *_compress(call.headers.get("accept-encoding", ""), headers, body))
+    reply = Response(200, *_compress(call.headers.get("accept-encoding", ""), headers, body))
+    model.spent("deliver", time.perf_counter() - begun)
+    return reply
+
+
+async def _decoded(call: _Call, models: Repository, name: str, version: str | None) -> tuple[ServedModel, InferRequest]:
+    while True:
+        await wake(models, name)
+        model = models.pick(name, version, call.headers)
+        if call.method != "POST":
+            raise RefusedError(405, "this route answers POST", {"Allow": "POST"})
+        if not model.ready:
+            raise RefusedError(503, "the model is not ready", {"Retry-After": "1"})
+        arguments, begun = (call.headers, call.body, model.inputs, model.outputs), time.perf_counter()
+        short = len(call.body) < IN_THREAD_BYTES and "content-encoding" not in call.headers
+        request = decode(*arguments) if short else await asyncio.to_thread(decode, *arguments)
+        if not model.closed:  # else another version took its place while a thread decoded
+            model.spent("decode", time.perf_counter() - begun)
+            return model, request
 
 
 async def run(model: ServedModel, request: InferRequest, models: Repository) -> Outputs:
@@ -308,14 +347,20 @@ def server_metadata() -> dict[str, Any]:
 def statistics(model: ServedModel) -> dict[str, Any]:
     """Triton's statistics of a version: counts and nanoseconds since it was loaded. inference_count: samples; execution_count: batches."""
     stats = model.stats
-    right, failed = stats.requests - stats.failed_requests, stats.failed_requests + sum(stats.rejected.values())
-    whole = stats.queue_s + stats.assembly_s + stats.engine_s + stats.deliver_s
-    parts = {"queue": stats.queue_s, "compute_input": stats.assembly_s, "compute_infer": stats.engine_s, "compute_output": stats.deliver_s}
+    hits, misses = (model.recall.hits, model.recall.misses) if model.recall else (0, 0)
+    right, failed = stats.requests - stats.failed_requests + hits, stats.failed_requests + sum(stats.rejected.values())
+    whole = stats.decode_s + stats.queue_s + stats.assembly_s + stats.engine_s + stats.deliver_s
+    parts = {
+        "queue": stats.queue_s,
+        "compute_input": stats.decode_s + stats.assembly_s,
+        "compute_infer": stats.engine_s,
+        "compute_output": stats.deliver_s,
+    }
     return {
         "name": model.name, "version": model.version, "last_inference": int(stats.last * 1e3), "inference_count": stats.samples, "execution_count": stats.batches,
         "inference_stats": {
             "success": _spent(right, whole), "fail": _spent(failed, 0), **{name: _spent(stats.requests, seconds) for name, seconds in parts.items()},
-            "cache_hit": _spent(0, 0), "cache_miss": _spent(0, 0),
+            "cache_hit": _spent(hits, 0), "cache_miss": _spent(misses, 0),
         },
         "batch_stats": [{"batch_size": size, "compute_infer": _spent(count, seconds)} for size, (count, seconds) in sorted(stats.by_size.items())],
     }  # fmt: skip

@@ -19,6 +19,7 @@ _MS = [0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000
 
 # Stage of a batch -> what of its record is its milliseconds and, as an exact sum over requests, its seconds.
 _STAGES = {
+    "decode": ("decode_s", "decode_sum_s", "was decoded"),
     "queue": ("queue_s", "queue_sum_s", "waited"),
     "assembly": ("assembly_s", "assembly_s", "was put together"),
     "engine": ("engine_s", "engine_s", "was in the engine"),
@@ -47,11 +48,19 @@ class RayMetrics:
         self._samples.inc(record.samples)
         self._run_requests.inc(record.requests)
         for stage, (longest, total, _) in _STAGES.items():
+            if stage == "decode" and not record.decode_sum_s:  # its requests were told of one by one
+                continue
             self._ms[stage].observe(getattr(record, longest) * 1e3)
             if seconds := getattr(record, total):
                 self._seconds[stage].inc(seconds)
         if record.failed:
             self._failed.inc()
+
+    def stage(self, name: str, seconds: float) -> None:
+        """Add the decoding or delivering of one request, of those that take neither in a batch: JSON, gRPC, compressed ones."""
+        self._ms[name].observe(seconds * 1e3)
+        if seconds:
+            self._seconds[name].inc(seconds)
 
     def fallbacks(self, reasons: Sequence[str]) -> None:
         """Count the precisions passed over at start."""
@@ -67,23 +76,30 @@ class ReplyMetrics:
         self._steps = Counter("portaisys_precision_steps", "Changes of the precision that answers", ("model", "now"))
         self._queued = Gauge("portaisys_queued_samples", "Samples that wait", ("model", "version"))
         self._rejected = Counter("portaisys_rejected", "Requests that were not run, by reason", ("model", "version", "reason"))
-        self._told: dict[tuple[str, str, str], int] = {}
+        self._recalled = Counter("portaisys_recalled", "Requests by whether a kept answer did", ("model", "version", "found"))
+        self._told: dict[tuple[str, ...], int] = {}
         self._counts: dict[int, int] = {}
         self._seen: dict[int, int] = {}  # steps counted already, by ladder
 
     def models(self, models: Sequence[ServedModel]) -> None:
-        """Record queues, rejections and what the precision ladders have done since the last time."""
+        """Record queues, rejections, kept answers and what the precision ladders have done since the last time."""
         for model in models:
             tags = {"model": model.name, "version": model.version}
             self._queued.set(model.batcher.queued, tags)
             for reason, count in model.stats.rejected.items():
-                key = model.name, model.version, reason
-                # A version that was loaded again counts from nothing.
-                new = count - self._told.get(key, 0) if count >= self._told.get(key, 0) else count
-                self._told[key] = count
-                if new:
-                    self._rejected.inc(new, {**tags, "reason": reason})
+                self._since(self._rejected, {**tags, "reason": reason}, count)
+            if model.recall is not None:
+                self._since(self._recalled, {**tags, "found": "yes"}, model.recall.hits)
+                self._since(self._recalled, {**tags, "found": "no"}, model.recall.misses)
         self._climbed(models)
+
+    def _since(self, counter: Counter, tags: dict[str, str], count: int) -> None:
+        """Add what came since the last time; a version that was loaded again counts from nothing."""
+        key = (counter.info["name"], *tags.values())
+        told = self._told.get(key, 0)
+        self._told[key] = count
+        if new := count - told if count >= told else count:
+            counter.inc(new, tags)
 
     def _climbed(self, models: Sequence[ServedModel]) -> None:
         ladders = [model.ladder for model in models if model.ladder]

@@ -2,8 +2,9 @@
 
 Which versions of a model are served is said by references: NAME@ALIAS, NAME@7, NAME@latest (the newest that passed its gate),
 NAME@latest:3, NAME@all, NAME@2,5. What a reference names is looked up again every few seconds (`refresh`), so a promotion or a roll back
-in the registry is followed, and so is its traffic: canary and shadow (control.py). Lives on one asyncio loop; opening, which takes
-seconds, happens in a thread. Knows neither HTTP nor Ray.
+in the registry is followed, and so is its traffic: canary and shadow (control.py). Where memory is limited, the model that was asked
+least recently leaves it and comes back when it is asked. Lives on one asyncio loop; opening, which takes seconds, happens in a thread.
+Knows neither HTTP nor Ray.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from numpy.typing import NDArray
 
 from portaisys import registry
+from portaisys.serve.answers import Answers
 from portaisys.serve.batcher import Outputs
 from portaisys.serve.control import Release, Traffic, traffic_of
-from portaisys.serve.model import BlockedError, Limits, ServedModel, open_reference
+from portaisys.serve.model import BlockedError, Limits, Observer, ServedModel, open_reference
 from portaisys.spec import Storage, UserError
 
 logger = logging.getLogger(__name__)
@@ -34,9 +36,24 @@ class UnknownModelError(UserError):
     """No model, or no version of it, of this name is here."""
 
 
+class RestingError(UserError):
+    """The model `name` has left memory; `Repository.wake` brings it back."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} has left memory")
+        self.name = name
+
+
+async def _nobody_else(name: str, action: str, parameters: Mapping[str, Any]) -> None:
+    """There are no others to tell."""
+
+
 @dataclass
 class Served:
-    """The versions of one model: number -> model, or why it could not be loaded; `default` answers requests that name none."""
+    """The versions of one model: number -> model, or why it could not be loaded; `default` answers requests that name none.
+
+    `asked`: when it was asked last, by the repository's count; `resting`: it left memory; `memory_bytes`: what it took there.
+    """
 
     reference: str = ""
     models: dict[str, ServedModel] = field(default_factory=dict)
@@ -45,6 +62,14 @@ class Served:
     release: Release = field(default_factory=Release)
     tried: tuple[list[str], Traffic] = field(default_factory=lambda: ([], Traffic()))  # what was wanted when it became what it is
     retry_at: float = math.inf  # monotonic, where some of that failed
+    asked: int = 0
+    resting: bool = False
+    memory_bytes: int = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """What its engines take now."""
+        return sum(model.memory_bytes for model in self.models.values())
 
 
 @dataclass
@@ -52,7 +77,8 @@ class Repository:
     """Models by name. `opener`: a reference of one version -> the warm model; `expand`: a reference -> those of single versions, the default first.
 
     `traffic`: what the registry says of a name's canary and shadow. `generation` changes with every load and unload, for whoever
-    remembers what was here.
+    remembers what was here. `most_bytes`: what engines may take together. `spread`: tells other replicas of what was loaded or unloaded
+    by hand; `by_hand`: that, by name. `ports`: where else this repository is asked, for clients to read.
     """
 
     opener: Callable[[str], ServedModel]
@@ -60,16 +86,26 @@ class Repository:
     traffic: Callable[[str], Traffic] = lambda name: Traffic()
     served: dict[str, Served] = field(default_factory=dict)
     generation: int = 0
+    most_bytes: int | None = None
+    tell_others: Callable[[str, str, Mapping[str, Any]], Awaitable[None]] = _nobody_else
+    by_hand: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
+    ports: dict[str, int] = field(default_factory=dict)
+    rests_total: int = 0
+    _asked: int = 0
     _alone: dict[str, asyncio.Lock] = field(default_factory=dict)
 
     def pick(self, name: str, version: str | None = None, headers: Mapping[str, str] | None = None) -> ServedModel:
         """The model that answers; with no version the default one, or for an inference request, whose headers are given, the canary.
 
-        Raises UnknownModelError, naming what is here.
+        Raises UnknownModelError, naming what is here, or RestingError.
         """
         found = self.served.get(name)
         if found is None or not found.models:
+            if found is not None and found.resting:
+                raise RestingError(name)
             raise UnknownModelError(f"unknown model; this server has {', '.join(sorted(name for name, one in self.served.items() if one.models)) or 'none'}")
+        self._asked += 1
+        found.asked = self._asked
         chosen = version or (found.default if headers is None else found.release.version(found.default, headers))
         model = found.models.get(chosen) or (found.models.get(found.default) if version is None else None)
         if model is None:
@@ -116,6 +152,28 @@ class Repository:
                 if name not in self.served:
                     self._alone.pop(name, None)  # names that do not exist must not gather
 
+    def rests(self, name: str) -> bool:
+        """Whether the model left memory, and comes back when it is asked."""
+        return name in self.served and self.served[name].resting
+
+    async def wake(self, name: str) -> None:
+        """Have the model in memory again, if it is one that left. Raises UserError when it cannot be opened any more."""
+        if not self.rests(name):
+            return
+        async with self._alone.setdefault(name, asyncio.Lock()):
+            if self.rests(name):  # nobody was faster
+                one = self.served[name]
+                await self._make_room(name, one.memory_bytes)
+                await self._become(
+                    name, one.reference, list(await asyncio.to_thread(self.expand, one.reference)), await self._traffic(name)
+                )
+                logger.info("%s: in memory again", name)
+
+    async def spread(self, name: str, action: str, parameters: Mapping[str, Any]) -> None:
+        """Remember what was done by hand, and have it done wherever else these models are."""
+        self.by_hand[name] = action, dict(parameters)
+        await self.tell_others(name, action, parameters)
+
     async def refresh(self) -> None:
         """Follow the registry: what references name now, and their traffic. What fails is logged, and everything is as it was."""
         for name, one in list(self.served.items()):
@@ -125,6 +183,8 @@ class Repository:
                 logger.warning("%s stays as it is: %s", name, error)
 
     async def _follow(self, name: str, one: Served) -> None:
+        if one.resting:  # what it is by then is looked up when it wakes
+            return
         reference = one.reference
         wanted = list(await asyncio.to_thread(self.expand, reference))
         traffic = await asyncio.to_thread(self.traffic, name)
@@ -151,10 +211,11 @@ class Repository:
         named = {model.version for model in opened}
         if not any(model.version not in traffic.versions or f"{name}@{model.version}" in wanted for model in opened):
             raise UserError(f"{name}: {'; '.join(reasons.values()) or 'no version of it is named'}")
+        await self._refuse_too_large(name, opened, before)
         for index, model in enumerate(opened):
             self.put(model, default=index == 0)
         one = self.served[name]
-        one.reference, one.failed = reference, reasons
+        one.reference, one.failed, one.resting = reference, reasons, False
         one.tried, one.retry_at = (wanted, traffic), time.monotonic() + RETRY_S if reasons else math.inf
         if traffic != one.release.traffic:
             one.release = Release(traffic)
@@ -162,14 +223,59 @@ class Repository:
             if model.ladder is not None:
                 await asyncio.to_thread(model.ladder.pin, traffic.pin)
         await self._leave(name, [model for number, model in before.items() if number not in named])
+        await self._make_room(name)
+
+    async def _refuse_too_large(self, name: str, opened: Sequence[ServedModel], before: Mapping[str, ServedModel]) -> None:
+        """Raises UserError, the new ones closed, when these models alone are more than what may be in memory."""
+        need = sum(model.memory_bytes for model in opened)
+        if self.most_bytes is None or need <= self.most_bytes:
+            return
+        for model in opened:
+            if model not in before.values():
+                await model.close()
+        raise UserError(
+            f"{name}: its engines take about {need / 2**20:.1f} MiB, and memory_mib allows {self.most_bytes / 2**20:.1f} for all models; name fewer versions, or raise it"
+        )
+
+    async def _make_room(self, name: str, coming: int = 0) -> None:
+        """While all together take more than they may, the model that was asked least recently leaves memory; never this one."""
+        while self.most_bytes is not None and coming + sum(one.held_bytes for one in self.served.values()) > self.most_bytes:
+            others = [
+                other
+                for other, one in self.served.items()
+                if other != name and one.models and not self._alone.setdefault(other, asyncio.Lock()).locked()
+            ]
+            if not others:
+                logger.warning("%s: more is in memory than memory_mib allows, until what is being loaded beside it is there", name)
+                return
+            await self._rest(min(others, key=lambda other: self.served[other].asked))
+
+    async def _rest(self, name: str) -> None:
+        """Out of memory, and back when it is asked."""
+        async with self._alone[name]:
+            one = self.served[name]
+            models, one.memory_bytes = list(one.models.values()), one.held_bytes
+            one.models, one.resting = {}, True
+            self.generation += 1
+            self.rests_total += 1
+            logger.info("%s: asked least recently, so it left memory (%.1f MiB)", name, one.memory_bytes / 2**20)
+            for model in models:
+                await model.close()
 
     async def unload(self, name: str, version: str | None = None) -> None:
         """Take a model out, or one version of it; requests it has are answered first. It stays out until the registry says otherwise. Raises UnknownModelError."""
-        self.pick(name, version)
+        self._known(name, version)
         async with self._alone.setdefault(name, asyncio.Lock()):
-            self.pick(name, version)  # somebody else may have been faster
+            self._known(name, version)  # somebody else may have been faster
+            if self.rests(name):
+                del self.served[name]
+                return
             models = self.served[name].models
             await self._leave(name, [models[version]] if version else list(models.values()))
+
+    def _known(self, name: str, version: str | None) -> None:
+        if not self.rests(name):
+            self.pick(name, version)
 
     async def close(self) -> None:
         """Unload everything."""
@@ -181,6 +287,7 @@ class Repository:
         rows = []
         for name, one in sorted(self.served.items()):
             rows += [{"name": name, "version": number, "state": "READY" if one.models[number].ready else "UNAVAILABLE", "reason": ""} for number in self.versions(name)]
+            rows += [{"name": name, "version": one.default, "state": "UNAVAILABLE", "reason": "left memory; comes back when it is asked"}] * one.resting
             rows += [{"name": name, "version": number, "state": "UNAVAILABLE", "reason": why} for number, why in sorted(one.failed.items())]
         return rows
 
@@ -241,11 +348,21 @@ def of_models(*models: ServedModel) -> Repository:
     return repository
 
 
-def of_storage(storage: Storage, limits: Limits, observe: Callable[[str], Callable[[Any], None] | None] = lambda reference: None) -> Repository:
-    """A repository that opens published versions."""
+@dataclass(frozen=True)
+class Room:
+    """What all models of a replica may take together. `memory_mib`: of engines (None: as much as there is); `answers_mib`: of kept answers (0: none are)."""
+
+    memory_mib: float | None = None
+    answers_mib: float = 0.0
+
+
+def of_storage(storage: Storage, limits: Limits, observer: Callable[[str], Observer | None] = lambda reference: None, room: Room = Room()) -> Repository:
+    """A repository that opens published versions. `observer`: who is told of a reference's requests."""
+    answers = Answers(int(room.answers_mib * 2**20)) if room.answers_mib else None
     return Repository(
-        lambda reference: open_reference(reference, storage, limits, observe(reference)), lambda reference: expand(reference, storage), lambda name: traffic_in(name, storage)
-    )
+        lambda reference: open_reference(reference, storage, limits, observer(reference), answers), lambda reference: expand(reference, storage), lambda name: traffic_in(name, storage),
+        most_bytes=None if room.memory_mib is None else int(room.memory_mib * 2**20),
+    )  # fmt: skip
 
 
 def traffic_in(name: str, storage: Storage) -> Traffic:
