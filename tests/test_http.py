@@ -263,6 +263,9 @@ X = rows(1)
         (b"GET /v2/nothing HTTP/1.1\r\nHost: a\r\n\r\n", 404, "no such route"),
         (b"DELETE /v2 HTTP/1.1\r\nHost: a\r\n\r\n", 405, "this route answers GET"),
         (b"nonsense\r\n\r\n", 400, "this is no HTTP"),
+        (b"GET /v2 HTTP/1.1\r\n\r\n", 400, "names one Host"),
+        (b"GET /v2\r\n\r\n", 400, "this is no HTTP"),
+        (b"POST /v2/models/tiny/infer HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501, "the only Transfer-Encoding is chunked"),
         (b"GET /v2 HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab", 400, ""),
         (b"POST /v2 HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400, ""),
         (b"POST /v2/models/tiny/infer HTTP/1.1\r\nHost: a\r\nContent-Length: 4294967296\r\n\r\n", 413, "the body exceeds"),
@@ -274,6 +277,18 @@ def test_a_wrong_request_is_refused_with_a_reason_and_the_next_client_is_answere
     found, error, _ = asks(server, data)
     assert found == status and says in error
     np.testing.assert_allclose(infer(server.client(), X), expected(X), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("good", [1, 3])
+@pytest.mark.parametrize("slow", [False, True], ids=["fast lane", "slow lane"])
+def test_good_requests_before_a_broken_one_are_answered_before_it_is_refused(server: Running, good: int, slow: bool) -> None:
+    requests = [raw(X, headers=f"X-Request-ID: {number}\r\n" + "Accept-Encoding: gzip\r\n" * slow) for number in range(good)]
+    with server.connect() as sock:
+        sock.sendall(b"".join(requests) + b"nonsense\r\n\r\n" + raw(X))
+        stream = sock.makefile("rb")
+        answers = [reply(stream) for _ in range(good + 1)]
+        assert [(status, headers.get("x-request-id")) for status, headers, _ in answers] == [*((200, str(number)) for number in range(good)), (400, None)]
+        assert answers[-1][1]["connection"] == "close" and stream.read() == b""
 
 
 def test_a_wish_for_another_protocol_is_not_followed_and_ends_the_connection(server: Running) -> None:

@@ -32,7 +32,7 @@ from portaisys.serve.repository import Repository, UnknownModelError
 
 logger = logging.getLogger(__name__)
 
-_REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 414: "URI Too Long", 431: "Request Header Fields Too Large", 500: "Internal Server Error", 503: "Service Unavailable"}  # fmt: skip
+_REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 414: "URI Too Long", 431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable"}  # fmt: skip
 _LENGTH, _ENCODING, _ACCEPT, _EXPECT, _REQUEST_ID = b"inference-header-content-length", b"content-encoding", b"accept-encoding", b"expect", b"x-request-id"
 _JOINED_BYTES = 64 << 10  # smaller replies are copied into one write; larger ones are handed over as they are
 
@@ -120,6 +120,7 @@ class Connection(asyncio.Protocol):
         self._known: _Headers | None = None
         self._waiting: deque[tuple[str, str, _Headers, bytes, bool]] = deque()
         self._busy, self._request_id = False, b""
+        self._last: Response | None = None  # what ends the connection, once all that came before it is answered
         self._task: asyncio.Task[None] | None = None
         self._pieces: tuple[ServedModel, list[Piece]] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -223,10 +224,13 @@ class Connection(asyncio.Protocol):
         raw = tuple(self._headers)
         if self._known is None or self._known.raw != raw:
             self._known = _read_headers(raw)
+        version = self._parser.get_http_version()
+        if version not in ("1.0", "1.1") or (version == "1.1" and "host" not in self._known.named):
+            raise _RefusedEarly(400, "this is no HTTP/1.1 request: it names one Host (RFC 9112, 3.2)")
         length = self._known.named.get("content-length", "")
         if length.isdecimal() and int(length) > self._bounds.body_bytes:
             raise _RefusedEarly(413, f"the body exceeds {self._bounds.body_bytes} bytes; send fewer samples a request")
-        self._expecting = self._known.named.get("expect", "").lower() == "100-continue" and self._parser.get_http_version() == "1.1"
+        self._expecting = self._known.named.get("expect", "").lower() == "100-continue" and version == "1.1"
         self._continue()
 
     def _continue(self) -> None:
@@ -355,7 +359,11 @@ class Connection(asyncio.Protocol):
             self._transport.close()
             return
         self._continue()
-        if self._waiting:
+        if self._last is not None and not self._waiting:
+            self._keep_alive, last = False, self._last
+            self._last = None
+            self._send(last)
+        elif self._waiting:
             asyncio.get_running_loop().call_soon(self._next)  # not from here: a thousand pipelined requests would be a thousand frames deep
 
     def _next(self) -> None:
@@ -367,15 +375,15 @@ class Connection(asyncio.Protocol):
             self._answer(*request)
 
     def _refuse(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
-        """What came is no request that can be answered and gone on after. Answers under way go first, or not at all."""
+        """What came is no request that can be answered and gone on after. Requests that came whole before it are answered first."""
         if self._ended:
             return
-        self._keep_alive = False
-        self._waiting.clear()
-        if self._busy:
-            self.abort()
+        reply = protocol.error(status, message, headers)
+        if self._busy or self._waiting:
+            self._last, self._deaf = reply, True
         else:
-            self._send(protocol.error(status, message, headers))
+            self._keep_alive = False
+            self._send(reply)
 
 
 class _RefusedEarly(Exception):
@@ -399,6 +407,8 @@ def _read_headers(raw: tuple[tuple[bytes, bytes], ...]) -> _Headers:
         named[lower] = value.decode("latin-1")
     if "content-length" in named and "transfer-encoding" in named:
         raise _RefusedEarly(400, _SMUGGLING)
+    if named.get("transfer-encoding", "chunked").strip().lower() != "chunked":  # the parser reads its chunks, and nobody would undo the rest
+        raise _RefusedEarly(501, "the only Transfer-Encoding is chunked; compress with Content-Encoding")
     length = named.get("inference-header-content-length", "")
     json_bytes = int(length) if length.isdecimal() and len(length) < 10 else None
     plain = "content-encoding" not in named and named.get("accept-encoding", "identity") in ("identity", "*", "")
