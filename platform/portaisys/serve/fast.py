@@ -24,9 +24,19 @@ from portaisys.serve.repository import Repository, RestingError
 REMEMBERED = 1024  # heads; beyond that all are forgotten, which costs each one parse
 MOST_JSON = 4096
 
-# Told once: the JSON of the reply and its tensors, or why there is none.
-Answer = Callable[[bytes, list[NDArray[Any]], "Known"], None]
+# Told once: the reply and its tensors, or why there is none.
+Answer = Callable[["Reply", list[NDArray[Any]]], None]
 Refusal = Callable[[RefusedError], None]
+
+
+@dataclass(eq=False)
+class Reply:
+    """What is the same in all replies to one JSON of tensors of one size by one engine. `size`: bytes of the body; `lines`: kept by whoever sends it."""
+
+    head: bytes
+    size: int
+    stamp: str
+    lines: bytes = b""
 
 
 @dataclass(eq=False)
@@ -38,17 +48,20 @@ class Known:
     cuts: list[tuple[str, np.dtype[Any], tuple[int, ...], int, int]]
     shapes: RowShapes
     body_bytes: int
-    replies: dict[tuple[tuple[int, ...], ...], bytes] = field(default_factory=dict)  # by the outputs' shapes
+    replies: dict[tuple[Any, ...], Reply] = field(default_factory=dict)  # by the precision in charge and the outputs' shapes
 
-    def reply_head(self, outputs: list[NDArray[Any]]) -> bytes:
-        """The JSON before these outputs."""
-        shapes = tuple([array.shape for array in outputs])
-        known = self.replies.get(shapes)
-        if known is None:
+    def reply(self, outputs: list[NDArray[Any]]) -> Reply:
+        """The reply with these outputs."""
+        key = self.model.precision, *[array.shape for array in outputs]
+        found = self.replies.get(key)
+        if found is None:
+            if len(self.replies) >= 64:  # sizes may depend on what the inputs hold
+                self.replies.clear()
             pairs = zip(self.head.wanted, outputs, strict=True)
             entries = [protocol.binary_entry(wanted.name, array.dtype.name, array.shape, array.nbytes) for wanted, array in pairs]
-            known = self.replies[shapes] = protocol.reply_head(self.model, self.head.id, entries)
-        return known
+            head = protocol.reply_head(self.model, self.head.id, entries)
+            found = self.replies[key] = Reply(head, len(head) + sum(array.nbytes for array in outputs), self.model.stamp)
+        return found
 
 
 class FastLane:
@@ -98,7 +111,7 @@ class FastLane:
                 refused(protocol.refusal(model, problem))
                 return
             arrays = [outputs[one.name] for one in wanted]
-            answer(known.reply_head(arrays), arrays, known)
+            answer(known.reply(arrays), arrays)
             if told is not None:
                 told(outputs)
 

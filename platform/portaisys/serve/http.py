@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from portaisys.serve import protocol
 from portaisys.serve.batcher import Piece
-from portaisys.serve.fast import FastLane, Known
+from portaisys.serve.fast import REMEMBERED, FastLane, Reply
 from portaisys.serve.keys import ForbiddenError, Keys
 from portaisys.serve.model import ServedModel
 from portaisys.serve.protocol import RefusedError, Response
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 414: "URI Too Long", 431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable"}  # fmt: skip
 _LENGTH, _ENCODING, _ACCEPT, _EXPECT, _REQUEST_ID = b"inference-header-content-length", b"content-encoding", b"accept-encoding", b"expect", b"x-request-id"
+MOST_URL = 256  # bytes of one that is remembered
 _JOINED_BYTES = 64 << 10  # smaller replies are copied into one write; larger ones are handed over as they are
 
 
@@ -59,6 +60,9 @@ class _Headers:
     json_bytes: int | None  # of a body with binary tensors
     plain: bool  # nothing that the fast lane does not know
     request_id: bytes
+    announced: int  # bytes of the body, 0 where that is not said
+    expects: bool  # to be told to send the body
+    host: bool
 
 
 class Port:
@@ -69,6 +73,7 @@ class Port:
         self.lane = FastLane(models)
         self.connections: set[Connection] = set()
         self.draining = False
+        self._paths: dict[bytes, tuple[str, str | None] | None] = {}
         self._server: asyncio.Server | None = None
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -78,6 +83,17 @@ class Port:
         self._server = await loop.create_server(lambda: Connection(self), host, port, reuse_port=shared or None, backlog=1024, ssl=tls)
         self._sweeper = loop.create_task(self._sweep())
         return int(self._server.sockets[0].getsockname()[1])
+
+    def infer_path(self, url: bytes) -> tuple[str, str | None] | None:
+        """Model and version of an inference request's URL, None of any other; remembered, since there are few."""
+        if url in self._paths:
+            return self._paths[url]
+        found = _infer_path(_origin(url.decode("latin-1")))
+        if len(url) <= MOST_URL:
+            if len(self._paths) >= REMEMBERED:
+                self._paths.clear()
+            self._paths[url] = found
+        return found
 
     async def drain(self, timeout_s: float = 30.0) -> None:
         """Lose nobody: answers end their connections from now on, the listener closes, and what is under way is finished."""
@@ -118,7 +134,9 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._headers: list[tuple[bytes, bytes]] = []
         self._known: _Headers | None = None
-        self._waiting: deque[tuple[str, str, _Headers, bytes, bool]] = deque()
+        self._waiting: deque[tuple[str, bytes, _Headers, bytes, bool]] = deque()
+        self._waiting_bytes = 0  # of their bodies
+        self._head_fed = 0  # bytes of a head that is not whole yet
         self._busy, self._request_id = False, b""
         self._last: Response | None = None  # what ends the connection, once all that came before it is answered
         self._task: asyncio.Task[None] | None = None
@@ -132,8 +150,8 @@ class Connection(asyncio.Protocol):
         self._url = b""
         self._head_bytes = 0
         self._headers = []
-        self._body: list[bytes] = []
-        self._body_bytes = 0
+        self._body: bytes | bytearray = b""
+        self._in_head = True
         self._fresh = True
         self._expecting = False
 
@@ -150,6 +168,7 @@ class Connection(asyncio.Protocol):
         self._port.connections.discard(self)
         self._ended = True
         self._waiting.clear()
+        self._waiting_bytes = 0
         self._forget()
         if self._task is not None:
             self._task.cancel()
@@ -160,8 +179,13 @@ class Connection(asyncio.Protocol):
         if self._fresh and not self._busy:
             self._fresh = False
             self._deadline = time.monotonic() + self._bounds.request_s
+        in_head, headers = self._in_head, self._headers
         try:
             self._parser.feed_data(data)
+            if in_head and self._in_head and headers is self._headers:
+                self._more_head(len(data))
+            else:
+                self._head_fed = 0
         except httptools.HttpParserUpgrade:  # nobody need follow a wish for another protocol: the request is answered, what comes after it is not read
             self._keep_alive, self._deaf = False, True
         except _RefusedEarly as refused:
@@ -213,24 +237,33 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers.append((name, value))
-        self._count(len(name) + len(value) + 4, 431, "the headers")
+        self._head_bytes += len(name) + len(value) + 4
+        if self._head_bytes > self._bounds.header_bytes:  # not through _count: this is called ten times a request
+            self._count(0, 431, "the headers")
 
     def _count(self, size: int, status: int, what: str) -> None:
         self._head_bytes += size
         if self._head_bytes > self._bounds.header_bytes:
             raise _RefusedEarly(status, f"{what} exceed {self._bounds.header_bytes} bytes")
 
+    def _more_head(self, size: int) -> None:
+        """The parser keeps a header that is not whole, and tells of it only when it is: what came without an end counts here."""
+        self._head_fed += size
+        if self._head_fed > self._bounds.header_bytes:
+            raise _RefusedEarly(431, f"the headers exceed {self._bounds.header_bytes} bytes")
+
     def on_headers_complete(self) -> None:
+        self._in_head = False
         raw = tuple(self._headers)
         if self._known is None or self._known.raw != raw:
             self._known = _read_headers(raw)
-        version = self._parser.get_http_version()
-        if version not in ("1.0", "1.1") or (version == "1.1" and "host" not in self._known.named):
+        known = self._known
+        if not known.host and self._parser.get_http_version() != "1.0":
             raise _RefusedEarly(400, "this is no HTTP/1.1 request: it names one Host (RFC 9112, 3.2)")
-        length = self._known.named.get("content-length", "")
-        if length.isdecimal() and int(length) > self._bounds.body_bytes:
+        if known.announced > self._bounds.body_bytes:
             raise _RefusedEarly(413, f"the body exceeds {self._bounds.body_bytes} bytes; send fewer samples a request")
-        self._expecting = self._known.named.get("expect", "").lower() == "100-continue" and version == "1.1"
+        if known.expects:
+            self._expecting = self._parser.get_http_version() == "1.1"
         self._continue()
 
     def _continue(self) -> None:
@@ -240,29 +273,38 @@ class Connection(asyncio.Protocol):
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, chunk: bytes) -> None:
-        self._body.append(chunk)
-        self._body_bytes += len(chunk)
-        if self._body_bytes > self._bounds.body_bytes:
+        if not self._body:
+            self._body = chunk
+        else:
+            if isinstance(self._body, bytes):
+                self._body = bytearray(self._body)  # a list of chunks of two bytes would take twenty times what they hold
+            self._body += chunk
+        if len(self._body) > self._bounds.body_bytes:
             raise _RefusedEarly(413, f"the body exceeds {self._bounds.body_bytes} bytes; send fewer samples a request")
 
     def on_message_complete(self) -> None:
         assert self._known is not None
-        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        body = bytes(self._body)  # of bytes, no copy
         method = self._parser.get_method().decode("ascii", "replace")
-        request = method, _origin(self._url.decode("latin-1")), self._known, body, self._parser.should_keep_alive()
+        request = method, self._url, self._known, body, self._parser.should_keep_alive()
         self._reset()
         if self._busy or self._waiting or not self._writable:  # those that wait go first, also between two turns of the loop
             self._waiting.append(request)
-            if len(self._waiting) >= self._bounds.pipelined:
+            self._waiting_bytes += len(body)
+            if self._crowded():
                 self._transport.pause_reading()
         else:
             self._answer(*request)
 
+    def _crowded(self) -> bool:
+        """Whether no more is read until some of what waits is answered."""
+        return len(self._waiting) >= self._bounds.pipelined or self._waiting_bytes >= self._bounds.body_bytes
+
     # --- answers ------------------------------------------------------------------------------------------------------
 
-    def _answer(self, method: str, url: str, headers: _Headers, body: bytes, keep_alive: bool) -> None:
+    def _answer(self, method: str, url: bytes, headers: _Headers, body: bytes, keep_alive: bool) -> None:
         self._busy, self._keep_alive, self._request_id = True, keep_alive, headers.request_id
-        if headers.plain and headers.json_bytes and method == "POST" and (found := _infer_path(url)):
+        if headers.plain and headers.json_bytes and method == "POST" and (found := self._port.infer_path(url)):
             try:
                 if self._port.keys is not None:
                     self._port.keys.check(headers.named, found[0])
@@ -284,8 +326,8 @@ class Connection(asyncio.Protocol):
                 return
         self._task = asyncio.get_running_loop().create_task(self._handle(method, url, headers, body))
 
-    async def _handle(self, method: str, url: str, headers: _Headers, body: bytes) -> None:
-        path = unquote(url.partition("?")[0])
+    async def _handle(self, method: str, url: bytes, headers: _Headers, body: bytes) -> None:
+        path = unquote(_origin(url.decode("latin-1")).partition("?")[0])
         try:
             reply = await protocol.handle(method, path, headers.named, body, self._port.models, self._port.keys)
         except asyncio.CancelledError:
@@ -309,23 +351,22 @@ class Connection(asyncio.Protocol):
             self._pieces = None
             model.batcher.drop(pieces)
 
-    def _send_tensors(self, head: bytes, arrays: list[NDArray[Any]], known: Known) -> None:
+    def _send_tensors(self, reply: Reply, arrays: list[NDArray[Any]]) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         self._pieces = None
         if self._ended:
             return
-        blobs: list[Any] = [array.data if array.flags.c_contiguous else np.ascontiguousarray(array).data for array in arrays]
-        size = len(head) + sum([array.nbytes for array in arrays])
-        lines = b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nInference-Header-Content-Length: %d\r\nContent-Length: %d\r\n%b: %b\r\n%b%b\r\n" % (
-            len(head), size, _LINEAGE, known.model.stamp.encode(), self._identified(), self._closing(),
-        )  # fmt: skip
         self._port.count(200)
-        if size < _JOINED_BYTES:
-            self._transport.write(b"".join([lines, head, *blobs]))
+        if not reply.lines:
+            reply.lines = _lines(reply)
+        first = b"%b%b%b\r\n%b" % (reply.lines, self._identified(), self._closing(), reply.head)
+        blobs: list[Any] = [array.data if array.flags.c_contiguous else np.ascontiguousarray(array).data for array in arrays]
+        if reply.size < _JOINED_BYTES:
+            self._transport.write(b"".join([first, *blobs]))
         else:
-            self._transport.writelines([lines, head, *[blob.cast("B") for blob in blobs]])
+            self._transport.writelines([first, *[blob.cast("B") for blob in blobs]])
         self._done()
 
     def _send_refusal(self, refused: RefusedError) -> None:
@@ -369,7 +410,8 @@ class Connection(asyncio.Protocol):
     def _next(self) -> None:
         if self._waiting and not self._busy and self._writable and not self._ended:
             request = self._waiting.popleft()
-            if len(self._waiting) < self._bounds.pipelined:
+            self._waiting_bytes -= len(request[3])
+            if not self._crowded():
                 with contextlib.suppress(RuntimeError):  # it was not paused
                     self._transport.resume_reading()
             self._answer(*request)
@@ -394,7 +436,12 @@ class _RefusedEarly(Exception):
         self.status = status
 
 
-_LINEAGE = protocol.LINEAGE.encode()
+def _lines(reply: Reply) -> bytes:
+    """Status and headers of a reply, but for those that differ from one request to the next."""
+    length = f"Inference-Header-Content-Length: {len(reply.head)}\r\nContent-Length: {reply.size}"
+    return f"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\n{length}\r\n{protocol.LINEAGE}: {reply.stamp}\r\n".encode()
+
+
 _SMUGGLING = "a request has one Content-Length or one Transfer-Encoding, not both and neither twice"
 
 
@@ -414,7 +461,9 @@ def _read_headers(raw: tuple[tuple[bytes, bytes], ...]) -> _Headers:
     plain = "content-encoding" not in named and named.get("accept-encoding", "identity") in ("identity", "*", "")
     request_id = named.get("x-request-id", "")
     safe = request_id.isprintable() and request_id.isascii() and len(request_id) <= 128
-    return _Headers(raw, named, json_bytes, plain, request_id.encode() if safe else b"")
+    announced = named.get("content-length", "")
+    expects = named.get("expect", "").lower() == "100-continue"
+    return _Headers(raw, named, json_bytes, plain, request_id.encode() if safe else b"", int(announced) if announced.isdecimal() else 0, expects, "host" in named)
 
 
 def _origin(url: str) -> str:

@@ -23,6 +23,7 @@ from portaisys.spec import UserError
 
 HEADERS = ("authorization", "x-api-key")
 REMEMBERED = 10_000  # headers whose owner is known; beyond that all are forgotten
+MOST_REMEMBERED = 256  # characters of one: guesses may be as long as a head, and 10,000 of those would stay
 
 
 class ForbiddenError(Exception):
@@ -71,9 +72,10 @@ class Keys:
         for key in self.keys:
             if hmac.compare_digest(key.sha256, digest):
                 found = key
-        if len(self._owners) >= REMEMBERED:
-            self._owners.clear()
-        self._owners[given] = found
+        if len(given) <= MOST_REMEMBERED:
+            if len(self._owners) >= REMEMBERED:
+                self._owners.clear()
+            self._owners[given] = found
         return found
 
 
