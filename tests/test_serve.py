@@ -139,7 +139,7 @@ def test_queues_rejections_and_steps_are_recorded_once_each(tmp_path: Path) -> N
         model.stats.rejected["queue_full"] = total
         replies.models([model])
         replies.models([model])
-        assert replies._told == {("digits", "1", "queue_full"): total}
+        assert replies._told == {("portaisys_rejected", "digits", "1", "queue_full"): total}
     model.ladder.pin("fp32")
     replies.models([model])
     assert list(replies._seen.values()) == [1]
