@@ -543,6 +543,27 @@ def test_what_is_not_offered_is_unimplemented_and_too_much_is_exhausted(server: 
     right(X, infer(client, X))
 
 
+def test_calls_that_others_gave_up_by_the_thousand_do_not_end_ours() -> None:
+    with Running() as server:
+        go, blocked = threading.Event(), threading.Event()
+        server.core._loop.call_soon_threadsafe(lambda: (blocked.set(), go.wait(30)))  # a busy server takes no call up
+        assert blocked.wait(10)
+        body = valid().SerializeToString()
+        leavers = [grpc.insecure_channel(server.url, options=[("grpc.use_local_subchannel_pool", 1)]) for _ in range(4)]
+        for channel in leavers:
+            grpc.channel_ready_future(channel).result(10)
+            calls = [channel.unary_unary(f"/{SERVICE}/ModelInfer").future(body, timeout=30) for _ in range(900)]
+            for call in calls:
+                call.cancel()
+        ours = [server.channel.unary_unary(f"/{SERVICE}/ModelInfer").future(body, timeout=30) for _ in range(50)]
+        grpc.channel_ready_future(server.channel).result(10)
+        threading.Timer(1.0, go.set).start()  # ours are on their way; nothing tells from outside that they came
+        for call in ours:
+            assert service_pb2.ModelInferResponse.FromString(call.result()).model_name == "tiny"
+        for channel in leavers:
+            channel.close()
+
+
 def test_an_engine_failure_is_internal_and_leaks_nothing(server: Running, caplog: pytest.LogCaptureFixture) -> None:
     code, details = refused(server, valid(np.full((1, 2, 3), 13, np.float32)))
     assert code == Code.INTERNAL and "secret" not in details and "/" not in details and "10.0.0.7" not in details

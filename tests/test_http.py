@@ -409,6 +409,35 @@ def test_draining_finishes_what_is_under_way_tells_clients_to_leave_and_closes_t
         server.connect()
 
 
+def test_clients_that_are_connected_and_not_accepted_yet_are_answered_by_a_drain() -> None:
+    with Running() as server:
+        blocked, go = threading.Event(), threading.Event()
+        server.core._loop.call_soon_threadsafe(lambda: (blocked.set(), go.wait(20)))
+        assert blocked.wait(10)
+        waiting = [server.connect() for _ in range(20)]
+        for one in waiting:
+            one.sendall(raw(X))
+        stopping = threading.Thread(target=server.core.stop, args=(10,))
+        draining = asyncio.run_coroutine_threadsafe(server.core._port.drain(10), server.core._loop)  # is the first thing after it
+        go.set()
+        assert [reply(one.makefile("rb"))[0] for one in waiting] == [200] * 20
+        draining.result(20)
+        stopping.start()
+        stopping.join(20)
+        for one in waiting:
+            one.close()
+
+
+def test_the_listener_has_a_higher_descriptor_than_its_connections() -> None:
+    """Of a killed process Linux closes the highest first: clients that come back must not meet a listener that is about to go."""
+    with Running() as server, server.connect() as one:
+        one.sendall(raw(X))
+        assert reply(one.makefile("rb"))[0] == 200
+        (listener,) = server.core._port._listeners
+        (connection,) = server.core._port.connections
+        assert listener.fileno() > connection._transport.get_extra_info("socket").fileno()
+
+
 def test_two_processes_may_share_a_port_and_a_taken_one_is_refused() -> None:
     models = Repository(lambda reference: served("tiny", "3"), lambda reference: [reference])
     with Running() as server, pytest.raises(UserError, match=rf"data_port: cannot listen on 127\.0\.0\.1:{server.port}"):

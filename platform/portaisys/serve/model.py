@@ -187,7 +187,7 @@ def open_reference(
     version = fetched.version
     if version.verdict != "pass":
         raise BlockedError(f"{version}: its verdict is {version.verdict!r} ({version.because}), so it is not served; name a version that passed (portaisys versions {version.name})")
-    traced = {"run": version.run_id, "registry": fetched.note or "asked"}
+    traced = {"run": version.run_id, "registry": "did not answer; this is what it last said" if fetched.note else "asked"}
     return open_version(
         fetched.path, number, cache_of(storage), limits, observer, answers, name=version.name, digest=version.digest, traced=traced
     )

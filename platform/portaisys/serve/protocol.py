@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import portaisys
+from portaisys import registry
 from portaisys.engine import Tensor
 from portaisys.serve.batcher import PRIORITY, ClosedError, EngineFailedError, Outputs, QueueFullError, TooManySamplesError
 from portaisys.serve.keys import ForbiddenError, Keys
@@ -265,6 +266,9 @@ async def change(models: Repository, name: str, action: str, parameters: Mapping
         await models.load(f"{name}@{which}")
     except BlockedError as blocked:
         raise RefusedError(409, str(blocked)) from None
+    except (registry.UnreachableError, registry.RefusedError):  # which name its address or folder
+        logger.exception("%s@%s cannot be looked up", name, which)
+        raise RefusedError(503, "the registry cannot be asked now; the server's log has the cause", {"Retry-After": "5"}) from None
     except UserError as problem:
         raise RefusedError(400, str(problem)) from None
     if spread:
