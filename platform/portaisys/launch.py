@@ -21,14 +21,14 @@ from typing import Any, Protocol
 import torch
 import yaml
 
-from portaisys import artifact, cluster, data, gate, metrics, models, report, spec, store
+from portaisys import artifact, checkpoint, cluster, data, distributed, gate, metrics, models, report, spec, store
 from portaisys.artifact import Artifact
 from portaisys.data import Splits
 from portaisys.engine import TYPED, available, backend
 from portaisys.registry import Registry, Version, open_registry
 from portaisys.spec import Spec, UserError
-from portaisys.stages import STAGES, Fit, Job, carry_out, threads
-from portaisys.train import CHECKPOINT, Place, read_checkpoint
+from portaisys.stages import NOTES, STAGES, WEIGHTS, Fit, Job, batches, carry_out, threads
+from portaisys.train import Place
 
 _log = logging.getLogger(__name__)
 
@@ -122,6 +122,8 @@ def run(options: Spec, tell: Tell, *, promote: bool = True, resume: bool = False
         tell("data", "reading and splitting")
         splits = data.load(options.data)
         tell("data", f"{len(splits.train):,} train, {len(splits.validation):,} validation, {len(splits.calibration):,} calibration, {len(splits.test):,} test rows", 1.0, "done")
+        for note in splits.train.table.notes:
+            tell("data", note, 1.0, "done")
         registry = open_registry(options.storage)
         preflight(options, splits, 0 if (folder / "judge" / artifact.MANIFEST).exists() else registry.looks(splits.test_digest))
         _take_name(options, folder)
@@ -174,20 +176,14 @@ def _refuse_used_name(options: Spec, folder: Path, resume: bool) -> None:
     if resume or not file.exists():
         return
     before, now = (
-        _leaves({name: value for name, value in tree.items() if name not in _NOT_IN_NAMES})
+        {name: value for name, value in tree.items() if name not in _NOT_IN_NAMES}
         for tree in (_filled(yaml.safe_load(file.read_text())), spec.dump(options))
     )
-    differ = [
-        path
-        for path in sorted(before.keys() | now.keys())
-        if before.get(path) != now.get(path) and path.rpartition(".")[2] not in _NOT_IN_KEYS
-    ]
+    differ = [told for path, told in spec.changes(before, now).items() if not _NOT_IN_KEYS & {*path.split(".")}]
     if differ:
-        changes = ", ".join(f"{path} was {before.get(path)!r} and is {now.get(path)!r}" for path in differ[:3]) + (
-            f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-        )
+        told = ", ".join(differ[:3]) + (f" and {len(differ) - 3} more" if len(differ) > 3 else "")
         raise UserError(
-            f"name: {options.name!r} was used by another spec ({changes}); take another name (name=...), or go on under this one with --resume, which reuses what still holds"
+            f"name: {options.name!r} was used by another spec ({told}); take another name (name=...), or go on under this one with --resume, which reuses what still holds"
         )
 
 
@@ -204,13 +200,6 @@ def _take_name(options: Spec, folder: Path) -> None:
     artifact.write_text(folder / "spec.yaml", spec.to_yaml(options))
     if options.storage.remote:
         store.send_file(folder / "spec.yaml", f"{options.storage.path}/{options.name}/spec.yaml")
-
-
-def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
-    """Dotted path -> value of a plain tree; a list is a value."""
-    if not isinstance(tree, dict) or not tree:
-        return {path: tree}
-    return {inner: value for key, child in tree.items() for inner, value in _leaves(child, f"{path}.{key}" if path else key).items()}
 
 
 def settled(options: Spec) -> Spec:
@@ -258,7 +247,8 @@ def preflight(options: Spec, splits: Splits, looks: int) -> None:
         raise UserError(f"train.augment: {options.train.augment!r} moves pictures, and the rows are {splits.shape}; set train.augment=none")
     device(options)
     torch.manual_seed(options.seed)
-    models.build(options.model, splits.shape, len(splits.labels), splits.mean, splits.std)
+    models.build(options.model, splits.shape, len(splits.labels), splits.mean, splits.std, splits.vocabulary)
+    batches(options.train, splits.train, options.seed)
     low = {name for name in options.precisions if options.engine.backend == "auto" or name in spec.BACKEND_PRECISIONS[options.engine.backend]} - {"fp32"}
     candidates = sum(stage.kind == "export" for stage in plan(options)) + len(low)
     if candidates > 1:
@@ -271,7 +261,8 @@ def _one(
     parents = {role: done[name] for role, name in stage.parents.items()}
     sections = _sections(options, stage)
     digests = {role: parent.digest for role, parent in parents.items()}
-    key = spec.digest([stage.kind, dict(stage.options), sections, digests, splits.digest])
+    about = {"stage": stage.kind, "options": dict(stage.options), "spec": sections, "parents": digests, "data": splits.digest}
+    key = spec.digest([*about.values()])
     place, uri = folder / stage.name, f"{options.storage.path}/{options.name}/{stage.name}"
     work = folder / f"{stage.name}.work"
     if options.storage.remote and not place.exists():
@@ -282,7 +273,7 @@ def _one(
         tell(stage.name, "finished before", 1.0, "reused")
         return found, True
     fit = Fit(
-        spec.dump(options), stage.kind, stage.options, {role: str(parent.path) for role, parent in parents.items()}, key,
+        spec.dump(options), stage.kind, stage.options, {role: str(parent.path) for role, parent in parents.items()}, key, about,
         str(work), str(_log_file(folder, stage.name, key)), f"{uri}.work/{key[:16]}" if options.storage.remote else "",
     )  # fmt: skip
     job = Job(
@@ -290,13 +281,13 @@ def _one(
         looks=partial(_record_looks, registry, splits.test_digest), tell=partial(tell, stage.name),
     )  # fmt: skip
     tell(stage.name)
-    about = {"run": options.name, "stage": stage.name, "key": key[:12]}  # what JSON logs are searched by
-    _log.info("stage begins", extra=about)
+    logged = {"run": options.name, "stage": stage.name, "key": key[:12]}  # what JSON logs are searched by
+    _log.info("stage begins", extra=logged)
     with artifact.writing(place, kind=stage.kind, key=key, parents=digests, spec=sections) as draft:
         STAGES[stage.kind](job, draft)
     made = artifact.read(place)
     _finish(options, made, uri, work)
-    _log.info("stage ended after %.1f s", made.seconds, extra=about | {"digest": made.digest[:12]})
+    _log.info("stage ended after %.1f s", made.seconds, extra=logged | {"digest": made.digest[:12]})
     tell(stage.name, f"{made.seconds:.1f} s", 1.0, "done")
     return made, False
 
@@ -313,8 +304,8 @@ def _finish(options: Spec, made: Artifact, uri: str, work: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
 
 
-# They change how a run is watched over, not what it computes: a run may go on with others.
-_NOT_IN_KEYS = {"max_failures", "checkpoint_every_steps", "label_selector"}
+# They change how a run is watched over and shared among workers, not which rows a step takes: a run may go on with others.
+_NOT_IN_KEYS = {"max_failures", "checkpoint_every_steps", "label_selector", "num_workers", "micro_batch", "ddp"}
 
 
 def _sections(options: Spec, stage: Stage) -> dict[str, Any]:
@@ -351,9 +342,9 @@ def _publish(options: Spec, artifacts: Mapping[str, Artifact], splits: Splits, r
 
 def _train(options: Spec, fit: Fit, tell: Callable[..., None]) -> Path:
     """Carry out a Fit where `train.num_workers` says; returns the folder with the weights."""
-    left = Path(fit.work) / CHECKPOINT
-    if not fit.remote and left.exists():
-        tell(f"goes on from step {read_checkpoint(left)[0]['step']}, where an earlier run stopped")
+    left = 0 if fit.remote else checkpoint.steps(Path(fit.work))
+    if left:
+        tell(f"goes on from step {left}, where an earlier run stopped")
     if options.train.num_workers == 0:
         carry_out(fit, Place(device=device(options)), partial(_write_log, fit, tell))
     else:
@@ -372,7 +363,7 @@ def device(options: Spec) -> str:
     return "cuda" if options.train.use_gpu else "cpu"
 
 
-def _write_log(fit: Fit, tell: Callable[..., None], values: Mapping[str, float], checkpoint: Path | None) -> None:
+def _write_log(fit: Fit, tell: Callable[..., None], values: Mapping[str, float], saved: Path | None) -> None:
     metrics.append(Path(fit.log), values)
     _show(tell, values)
 
@@ -429,7 +420,8 @@ def _ray_train(options: Spec, fit: Fit) -> None:
     except Exception as error:
         raise _cause(error) from error
     if fit.remote:
-        store.fetch_file(f"{fit.remote}/model.safetensors", Path(fit.work) / "model.safetensors")
+        for name in (WEIGHTS, NOTES):
+            store.fetch_file(f"{fit.remote}/{name}", Path(fit.work) / name)
 
 
 def _ray_storage(options: Spec, fit: Fit) -> str:
@@ -472,18 +464,14 @@ def _worker(config: Mapping[str, Any]) -> None:
     """What each Ray Train worker does: the same `carry_out`, with DDP and a report that Ray hears."""
     import ray.train
     import ray.train.torch
-    from torch.nn.parallel import DistributedDataParallel
 
     fit = Fit(**config["fit"])
     torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
     rank = context.get_world_rank()
     _log.info("worker begins", extra={"run": fit.spec["name"], "stage": Path(fit.work).stem, "key": fit.key[:12], "rank": rank})
-    checkpoint = Path(fit.work) / CHECKPOINT
     if fit.remote:
-        # All ranks start from what the store holds, or all from nothing: a file that only this machine has is not it.
-        if not store.fetch_file(f"{fit.remote}/{CHECKPOINT}", checkpoint):
-            checkpoint.unlink(missing_ok=True)
+        _fetch_checkpoints(fit)
         for parent in map(Path, fit.parents.values()):  # this may be another machine than the one that made them
             if not parent.exists():
                 store.pull(f"{fit.remote.rpartition('/')[0]}/{parent.name}", parent)
@@ -492,11 +480,30 @@ def _worker(config: Mapping[str, Any]) -> None:
         if rank == 0:
             metrics.append(Path(fit.log), values)
             if fit.remote and folder:
-                store.send_file(checkpoint, f"{fit.remote}/{CHECKPOINT}")
+                store.push(folder, f"{fit.remote}/{folder.name}")
         # Ray hears metrics only: the checkpoint is ours, already in its place, and every rank reports equally often.
         ray.train.report(dict(values))
 
     where = str(ray.train.torch.get_device()) if config["use_gpu"] else "cpu"
-    carry_out(fit, Place(rank, context.get_world_size(), where, DistributedDataParallel), report)
+    wrapped = partial(distributed.ddp, options=spec.parse(fit.spec).train.ddp)
+    carry_out(fit, Place(rank, context.get_world_size(), where, wrapped), report)
     if fit.remote and rank == 0:
-        store.send_file(Path(fit.work) / "model.safetensors", f"{fit.remote}/model.safetensors")
+        for name in (WEIGHTS, NOTES):
+            store.send_file(Path(fit.work) / name, f"{fit.remote}/{name}")
+
+
+def _fetch_checkpoints(fit: Fit) -> None:
+    """All ranks start from what the store holds, or all from nothing: what only this machine has is not it.
+
+    Raises UserError when nothing there is whole; one of the two that is not is passed over.
+    """
+    damage, fetched = [], False
+    for slot in checkpoint.SLOTS:
+        shutil.rmtree(Path(fit.work) / slot, ignore_errors=True)
+        try:
+            fetched |= store.pull(f"{fit.remote}/{slot}", Path(fit.work) / slot)
+        except UserError as error:
+            damage.append(error)
+            _log.warning("a checkpoint in the store is passed over: %s", error)
+    if damage and not fetched:
+        raise damage[0]

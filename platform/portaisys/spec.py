@@ -84,6 +84,36 @@ class Npz(_Data):
     test_rows: int = Field(1000, ge=1)
 
 
+class Text(_Data):
+    """Texts with labels, as ids of a tokenizer learnt from the train split alone (byte-level BPE).
+
+    `kind`: `wordnet` is the nouns' glosses by topic, of Debian's wordnet-base; `file` is a user's own .tsv or .jsonl with `text` and
+    `label`; `vader` is movieReviewSnippets_GroundTruth.txt of VADER's data, positive or not. Texts are cut at `max_tokens`.
+    """
+
+    source: Literal["text"]
+    kind: Literal["wordnet", "file", "vader"] = "wordnet"
+    path: str = ""
+    max_tokens: int = Field(128, ge=2)
+    # 256 bytes and the padding are always in it.
+    vocabulary: int = Field(8000, ge=300)
+    # WordNet's rarest topic has 42 of 82,064 rows: fewer would leave it out of a split.
+    validation_rows: int = Field(2000, ge=1)
+    calibration_rows: int = Field(2000, ge=1)
+    test_rows: int = Field(2000, ge=1)
+
+    @model_validator(mode="after")
+    def _has_a_path(self) -> Text:
+        if not self.path and self.kind != "wordnet":
+            raise ValueError(f".path: kind {self.kind!r} reads a file; say which")
+        return self
+
+    @property
+    def file(self) -> Path:
+        """The file that is read."""
+        return Path(self.path or "/usr/share/wordnet/data.noun").expanduser()
+
+
 class DataFactory(_Data):
     """A user's own torch Dataset: `module:callable`, called with `options`."""
 
@@ -93,7 +123,7 @@ class DataFactory(_Data):
     test_rows: int = Field(1000, ge=1)
 
 
-Data = Annotated[Digits | FashionMnist | Npz | DataFactory, Field(discriminator="source")]
+Data = Annotated[Digits | FashionMnist | Npz | Text | DataFactory, Field(discriminator="source")]
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -136,6 +166,22 @@ class Transformer(Section):
         return self
 
 
+class TextTransformer(Section):
+    """The same encoder over token ids: embedding, sinusoidal positions, the mean over what is not padding."""
+
+    name: Literal["text_transformer"]
+    dim: int = Field(128, ge=8)
+    depth: int = Field(2, ge=1)
+    heads: int = Field(4, ge=1)
+    mlp_ratio: float = Field(4.0, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_divide_dim(self) -> TextTransformer:
+        if self.dim % self.heads or self.dim % 2:
+            raise ValueError(f"dim {self.dim} must be even, and a multiple of heads {self.heads}")
+        return self
+
+
 class ModelFactory(Section):
     """A user's own `torch.nn.Module`: `module:callable`, called with `options`."""
 
@@ -144,18 +190,47 @@ class ModelFactory(Section):
     options: dict[str, Any] = {}
 
 
-Model = Annotated[ConvNet | Transformer | ModelFactory, Field(discriminator="name")]
+Model = Annotated[ConvNet | Transformer | TextTransformer | ModelFactory, Field(discriminator="name")]
 
 # --- train --------------------------------------------------------------------------------------------------------
 
 
+# Means to make a step faster that change what it rounds to, not what it computes: the optimizer in one kernel; pictures with channels innermost.
+Speed = Literal["fused", "channels_last"]
+SPEED: tuple[Speed, ...] = typing.get_args(Speed)
+
+
+class Ddp(Section):
+    """How workers exchange gradients (torch's DistributedDataParallel). `compress: bf16` halves the bytes and rounds what is exchanged.
+
+    `static_graph`: every step uses every parameter in the same order; then each micro-batch is exchanged for itself. `sync_batchnorm`: statistics of the whole batch, on GPUs.
+    """
+
+    bucket_mib: float = Field(25, gt=0)
+    gradient_as_bucket_view: bool = True
+    static_graph: bool = False
+    compress: Literal["none", "bf16"] = "none"
+    sync_batchnorm: bool = False
+
+
 class Train(Section):
-    """One training run. `batch_size` is global: over all workers and all accumulated micro-batches."""
+    """One training run. `batch_size` is global: over all workers and all accumulated micro-batches.
+
+    `micro_batch`: rows that one worker computes at once, `auto` the most that fit its memory; with it the accumulation follows from the
+    number of workers, which may change between restarts. `tokens_per_batch`: of texts, in place of `batch_size` and `micro_batch`: groups of
+    rows of like length, as many as hold this many tokens with their padding, over all workers. `fp32_modules`: names of modules, or prefixes of them, that stay in fp32 whatever `precision` says.
+    `precision` and `speed` as `auto` are measured on a few steps, and what pays is kept.
+    """
 
     epochs: int = Field(20, ge=1)
     batch_size: int = Field(64, ge=1)
+    micro_batch: Positive | Literal["auto"] | None = None
+    tokens_per_batch: int | None = Field(None, ge=1)
     accumulate_steps: int = Field(1, ge=1)
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "auto"] = "fp32"
+    fp32_modules: tuple[str, ...] = ()
+    speed: tuple[Speed, ...] | Literal["auto"] = ()
+    ddp: Ddp = Ddp()
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = Field(0.1, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -176,10 +251,18 @@ class Train(Section):
     @model_validator(mode="after")
     def _batch_divides(self) -> Train:
         parts = max(1, self.num_workers) * self.accumulate_steps
-        if self.batch_size % parts:
+        if self.tokens_per_batch:
+            if self.micro_batch or self.accumulate_steps > 1:
+                raise ValueError(".tokens_per_batch: it says what is computed at once as well; leave micro_batch and accumulate_steps out")
+        elif self.micro_batch:
+            if self.accumulate_steps > 1:
+                raise ValueError(".accumulate_steps: it follows from micro_batch; leave one of the two out")
+            if self.batch_size < parts:
+                raise ValueError(f"batch_size {self.batch_size} gives no row to some of {parts} workers; take at least {parts}")
+        elif self.batch_size % parts:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of num_workers x accumulate_steps = {parts}; "
-                f"take {self.batch_size // parts * parts or parts} or {(self.batch_size // parts + 1) * parts}"
+                f"take {self.batch_size // parts * parts or parts} or {(self.batch_size // parts + 1) * parts}, or set micro_batch, with which any number of workers will do"
             )
         return self
 
@@ -295,7 +378,7 @@ class Engine(Section):
     threads: int = Field(1, ge=1)
     # ONNX Runtime's: auto is CUDA where onnxruntime-gpu and a GPU are, else the CPU.
     provider: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
-    # TensorRT's. `slots`: batches in flight on one engine; `sparse`: use 2:4 zeros where weights have them; `workspace_mib`: scratch memory a build may plan with.
+    # `slots`: batches in flight on one engine. TensorRT's: `sparse`: use 2:4 zeros where weights have them; `workspace_mib`: scratch memory a build may plan with.
     slots: int = Field(1, ge=1, le=8)
     cuda_graphs: bool = True
     workspace_mib: int | None = Field(None, ge=1)
@@ -550,7 +633,7 @@ def _without_tags(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
     return loc[:1] + loc[2:] if len(loc) > 1 and loc[0] in ("data", "model") and loc[1] in _TAGS else loc
 
 
-_TAGS = {"digits", "fashion_mnist", "npz", "factory", "convnet", "transformer"}
+_TAGS = {"digits", "fashion_mnist", "npz", "text", "factory", "convnet", "transformer", "text_transformer"}
 
 
 def _nearest(section: type[Section], key: str) -> str:
@@ -575,6 +658,19 @@ def _sections_of(annotation: Any) -> list[type[Section]]:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return [found for part in typing.get_args(annotation) for found in _sections_of(part)]
     return []
+
+
+def leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    """Dotted path -> value of a plain tree; a list is a value."""
+    if not isinstance(tree, Mapping) or not tree:
+        return {path: tree}
+    return {inner: value for key, child in tree.items() for inner, value in leaves(child, f"{path}.{key}" if path else key).items()}
+
+
+def changes(before: Any, now: Any) -> dict[str, str]:
+    """Dotted path -> what is different there, in words, of two plain trees."""
+    old, new = leaves(before), leaves(now)
+    return {path: f"{path} was {old.get(path)!r} and is {new.get(path)!r}" for path in sorted(old.keys() | new.keys()) if old.get(path) != new.get(path)}
 
 
 def json_schema() -> str:

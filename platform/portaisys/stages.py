@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,30 +19,36 @@ from typing import Any
 import torch
 from torch import nn
 
-from portaisys import data, evaluate, models, spec
+from portaisys import artifact, data, evaluate, models, spec
 from portaisys.artifact import Artifact, Draft, write_arrays
 from portaisys.compress.cast import with_islands
 from portaisys.compress.distill import distillation
 from portaisys.compress.prune import prune
 from portaisys.compress.quantize import quantize
 from portaisys.compress.sparsify import keep_zeros, sparsify
-from portaisys.data import Splits
+from portaisys.data import Split, Splits
+from portaisys.data.batches import cut, token_budget, waste
 from portaisys.engine import BACKENDS, Tensor, choose, options_of, remembered, verify
 from portaisys.engine.cache import cache_of, get_or_build, load
 from portaisys.engine.torch import TorchEngine
 from portaisys.export import INPUT, OUTPUT, export
 from portaisys.judge import DENSE, Subject, judge, save_answers
+from portaisys.microbatch import find_micro_batch, least_of_ranks, memory_limit
 from portaisys.spec import Distill, Spec, Train, UserError
-from portaisys.train import Loss, Place, Report, fit, score
+from portaisys.train import Loss, Place, Report, fit, make_optimizer, score, shares_of, shuffled
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, NOTES, TOKENIZER = "model.safetensors", "notes.json", "tokenizer.json"
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Fit:
     """One training job as plain data. `parents`: role -> folder of the artifact that holds its weights.
 
-    `work`: the folder of the checkpoint and, in the end, of the trained weights; `remote`: the same beyond this machine.
+    `key` is the digest of `about`, which holds it in readable fields. `work`: the folder of the checkpoints and, in the end, of the
+    trained weights and the notes of the training; `remote`: the same beyond this machine.
     """
 
     spec: Mapping[str, Any]
@@ -49,6 +56,7 @@ class Fit:
     options: Mapping[str, Any]
     parents: Mapping[str, str]
     key: str
+    about: Mapping[str, Any]
     work: str
     log: str
     remote: str = ""
@@ -76,7 +84,7 @@ class Job:
 def fresh(options: Spec, splits: Splits) -> nn.Module:
     """The model of a spec with its first weights, the same on every machine and rank."""
     torch.manual_seed(options.seed)
-    return models.build(options.model, splits.shape, len(splits.labels), splits.mean, splits.std)
+    return models.build(options.model, splits.shape, len(splits.labels), splits.mean, splits.std, splits.vocabulary)
 
 
 def restore(options: Spec, splits: Splits, folder: Path) -> nn.Module:
@@ -90,16 +98,57 @@ def restore(options: Spec, splits: Splits, folder: Path) -> nn.Module:
 
 
 def carry_out(job: Fit, place: Place, report: Report) -> None:
-    """Train as `job` says; rank 0 leaves the weights in `job.work`."""
+    """Train as `job` says; rank 0 leaves the weights in `job.work`, and what was chosen or fell back in its notes."""
     options = spec.parse(job.spec)
     splits = data.load(options.data)
     model, loss, train = FITS[job.kind](job, options, splits, place.device)
+    notes: list[str] = []
+    train = _with_micro_batch(options, splits, train, place, partial(_note, notes))
     model = fit(
-        model, splits.train, train, folder=Path(job.work), key=job.key, seed=options.seed, validation=splits.validation,
-        loss=loss, report=report, place=place,
+        model, splits.train, train, folder=Path(job.work), key=job.key, about=job.about, seed=options.seed, validation=splits.validation,
+        loss=loss, **batches(train, splits.train, options.seed), report=report, note=partial(_note, notes), place=place,
     )  # fmt: skip
     if place.rank == 0:
+        artifact.write_text(Path(job.work) / NOTES, json.dumps(notes))
         models.save(model, Path(job.work) / WEIGHTS)
+
+
+def batches(options: Train, rows: Split, seed: int) -> dict[str, Any]:
+    """What `fit` is given for `train.tokens_per_batch`: a plan and how a worker cuts it; nothing without. Raises UserError where it does not suit the data."""
+    if options.tokens_per_batch is None:
+        return {}
+    if rows.lengths is None:
+        raise UserError("train.tokens_per_batch: all rows of this data have one shape, so there is no padding to save; leave it out and set train.batch_size")
+    return {"batches": token_budget(rows.lengths, options.tokens_per_batch, seed), "cut": cut(rows.lengths, options.tokens_per_batch)}
+
+
+def _with_micro_batch(options: Spec, splits: Splits, train: Train, place: Place, note: Callable[[str], None]) -> Train:
+    """`train.micro_batch: auto` made a number, the same on every rank."""
+    if train.micro_batch != "auto":
+        return train
+    most = -(-train.batch_size // place.world)
+    # Every rank may stand on this machine.
+    limit = memory_limit(place.world, place.device)
+    attempt = partial(try_step, options, splits.shape, len(splits.labels), splits.vocabulary, place.device)
+    found = find_micro_batch(attempt, most, limit_bytes=limit, device=place.device, agree=partial(least_of_ranks, device=place.device))
+    note(f"train.micro_batch: auto is {found} rows, of {most} that a worker has in a step; {limit / 2**20:,.0f} MiB were there")
+    return train.model_copy(update={"micro_batch": found})
+
+
+def try_step(options: Spec, shape: Sequence[int], classes: int, vocabulary: int, device: str, rows: int) -> None:
+    """Both passes and an update of the model of a spec, on rows of zeros; texts are as long as there may be."""
+    model = models.build(options.model, shape, classes, vocabulary=vocabulary).to(device)
+    optimizer = make_optimizer(model, options.train)
+    x = models.example(model, shape, rows).to(device)
+    for _ in range(2):  # the first update makes the optimizer's state, beside which the second pass must have room
+        torch.nn.functional.cross_entropy(model(x), torch.zeros(rows, dtype=torch.int64, device=device)).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _note(notes: list[str], text: str) -> None:
+    _log.warning(text)
+    notes.append(text)
 
 
 def _dense(job: Fit, options: Spec, splits: Splits, device: str) -> tuple[nn.Module, Loss | None, Train]:
@@ -120,8 +169,21 @@ FITS: dict[str, Callable[[Fit, Spec, Splits, str], tuple[nn.Module, Loss | None,
 
 def trained(job: Job, draft: Draft) -> None:
     """train and distill: model.safetensors, with validation accuracy and size as scores."""
-    shutil.copyfile(job.train() / WEIGHTS, draft.path / WEIGHTS)
+    work = job.train()
+    shutil.copyfile(work / WEIGHTS, draft.path / WEIGHTS)
+    draft.notes.extend(json.loads((work / NOTES).read_text()))
     _describe(restore(job.spec, job.splits, draft.path), job, draft)
+    if job.splits.train.lengths is not None:
+        draft.scores["padding_waste"] = _waste(job.spec.train, job.splits.train, job.spec.seed)
+
+
+def _waste(options: Train, rows: Split, seed: int) -> float:
+    """Of the first epoch, as every worker pads its micro-batches."""
+    given, world = batches(options, rows, seed), max(1, options.num_workers)
+    plan = given.get("batches") or shuffled(len(rows), options.batch_size, seed)
+    places = [Place(rank, world) for rank in range(world)]
+    shares = [part for batch in plan(0) for place in places for part in shares_of(batch, place, options, given.get("cut"))]
+    return waste(rows.lengths, shares)  # type: ignore[arg-type]
 
 
 def pruned(job: Job, draft: Draft) -> None:
@@ -154,7 +216,8 @@ def exported(job: Job, draft: Draft) -> None:
     """export: model.onnx and golden.npz from calibration rows."""
     model = restore(job.spec, job.splits, job.parents["model"].path)
     rows = job.splits.calibration.x
-    draft.scores.update(export(model, rows, job.spec.export, draft.path / "model.onnx", seed=job.spec.seed))
+    most_tokens = job.splits.shape[0] if job.splits.vocabulary else 0
+    draft.scores.update(export(model, rows, job.spec.export, draft.path / "model.onnx", seed=job.spec.seed, most_tokens=most_tokens))
     draft.scores.update(models.count(model, job.splits.shape))
 
 
@@ -293,6 +356,8 @@ def packed(job: Job, draft: Draft) -> None:
         "options": remembered(options_of(job.spec.engine, job.spec.export)),
         "lineage": {"data": job.splits.digest, "test": job.splits.test_digest} | {role: parent.digest for role, parent in job.parents.items()},
     }  # fmt: skip
+    if job.splits.tokenizer:
+        (draft.path / TOKENIZER).write_text(job.splits.tokenizer)  # how a client's text becomes the ids that the engine takes
     (draft.path / "version.json").write_text(json.dumps(about, indent=1, sort_keys=True))
     served = next(row for row in verdict["rows"] if row["engine"] == verdict["admitted"][0])
     draft.scores.update({name: served[name] for name in ("parameters", "macs", "size_bytes", "accuracy")}, admitted=verdict["admitted"])

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch_pruning
 from torch import nn
 
-from portaisys.models import check_outputs, count
+from portaisys.models import check_outputs, count, example
 from portaisys.models.transformer import Attention
 from portaisys.spec import Prune, UserError
 
@@ -77,7 +76,7 @@ def _pruner(model: nn.Module, shape: Sequence[int], options: Prune, classes: int
     # No width is left below an eighth of what it was: beyond that a model is another one, not a pruned one.
     return torch_pruning.pruner.BasePruner(
         model,
-        torch.zeros(2, *shape),
+        example(model, shape, 2),
         importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
         pruning_ratio=0.875 if ratios is None else 0.0,
         pruning_ratio_dict=ratios,

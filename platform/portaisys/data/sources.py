@@ -11,7 +11,7 @@ import importlib
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,32 @@ from portaisys.spec import UserError
 
 
 @dataclass(frozen=True)
-class Table:
-    """Every row of a source. `rows(indices)` gives float32 [n, *shape]; `test`: indices of an official test set, if any."""
+class Tokens:
+    """What a text source has beside its ids. `vocabulary`: how many ids; `tokenizer`: its JSON, which turns text into them again."""
 
-    rows: Callable[[NDArray[np.int64]], NDArray[np.float32]]
+    texts: Sequence[str]
+    vocabulary: int
+    tokenizer: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Every row of a source. `rows(indices)` gives float32 [n, *shape]; `test`: indices of an official test set, if any.
+
+    Where rows vary, they are int64 ids [n, T] padded with 0 to the longest of those taken, `lengths` [rows] says how many are none,
+    and `shape` is what none is longer than. `learn(train rows)`: the table with what a source learns from its train split; `notes`: what to tell.
+    """
+
+    rows: Callable[[NDArray[np.int64]], NDArray[Any]]
     y: NDArray[np.int64]
     labels: tuple[str, ...]
     shape: tuple[int, ...]
     digest: str
     test: NDArray[np.int64] | None = None
+    lengths: NDArray[np.int64] | None = None
+    tokens: Tokens | None = None
+    learn: Callable[[NDArray[np.int64]], Table] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def _in_memory(x: NDArray[Any], y: NDArray[np.int64], labels: tuple[str, ...], test: NDArray[np.int64] | None = None) -> Table:

@@ -1,4 +1,4 @@
-"""Models: one table, one file an architecture. Every model takes raw rows; normalisation is its first layer.
+"""Models: one table, one file an architecture. Every model takes raw rows, numbers or token ids; normalisation of numbers is its first layer.
 
 `build` makes one from a spec section, `rebuild` makes a pruned one from the shapes of its weights (no pickle),
 `count` gives parameters and multiply-accumulates. Knows nothing of data sets or training.
@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from portaisys import artifact, spec
 from portaisys.data.sources import call_factory, import_factory
 from portaisys.models.convnet import convnet
-from portaisys.models.transformer import transformer
+from portaisys.models.transformer import text_transformer, transformer
 from portaisys.spec import UserError
 
 
@@ -38,6 +39,10 @@ MODELS: dict[type[Any], Callable[..., nn.Module]] = {
     spec.ConvNet: convnet,
     spec.Transformer: transformer,
     spec.ModelFactory: _factory,
+}
+TEXT_MODELS: dict[type[Any], Callable[..., nn.Module]] = {
+    spec.TextTransformer: text_transformer,
+    spec.ModelFactory: lambda options, shape, classes, vocabulary: _factory(options, shape, classes),
 }
 
 
@@ -58,23 +63,50 @@ class Classifier(nn.Module):
         return logits
 
 
-def build(options: Any, shape: Sequence[int], classes: int, mean: Any = (0.0,), std: Any = (1.0,)) -> Classifier:
-    """A fresh model for rows of `shape`. `mean`, `std`: one value, or one a channel.
+class TextClassifier(nn.Module):
+    """Token ids [B, T], int64 -> logits [B, classes]: `net`, as there is nothing to normalise. T may be any up to the cap of the data."""
 
-    Raises UserError when the factory fails or the outputs do not match the classes.
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x)
+        return logits
+
+
+def build(options: Any, shape: Sequence[int], classes: int, mean: Any = (0.0,), std: Any = (1.0,), vocabulary: int = 0) -> Classifier | TextClassifier:
+    """A fresh model for rows of `shape`. `mean`, `std`: one value, or one a channel. `vocabulary`: of rows that are token ids, else 0.
+
+    Raises UserError when the factory fails, the model takes another kind of rows, or the outputs do not match the classes.
     """
-    net = MODELS[type(options)](options, tuple(shape), classes)
-    spread = (-1,) + (1,) * (len(shape) - 1)
-    model = Classifier(net, torch.as_tensor(mean).reshape(spread), torch.as_tensor(std).reshape(spread))
+    table = TEXT_MODELS if vocabulary else MODELS
+    if type(options) not in table:
+        raise UserError(f"model.name: {options.name} takes {'numbers and the rows are token ids' if vocabulary else 'token ids and the rows are numbers'}; take {_names(table)}")
+    if vocabulary:
+        model: Classifier | TextClassifier = TextClassifier(table[type(options)](options, tuple(shape), classes, vocabulary))
+    else:
+        spread = (-1,) + (1,) * (len(shape) - 1)
+        net = table[type(options)](options, tuple(shape), classes)
+        model = Classifier(net, torch.as_tensor(mean).reshape(spread), torch.as_tensor(std).reshape(spread))
     check_outputs(model, shape, classes)
     return model
+
+
+def _names(table: Mapping[type[Any], Any]) -> str:
+    return " or ".join(str(typing.get_args(options.model_fields["name"].annotation)[0]) for options in table)
+
+
+def example(model: nn.Module, shape: Sequence[int], rows: int) -> Tensor:
+    """Rows of zeros of the type that `model` takes: float32 [rows, *shape], or int64 ids of the longest row there may be."""
+    return torch.zeros(rows, *shape, dtype=torch.int64 if isinstance(model, TextClassifier) else torch.float32)
 
 
 def check_outputs(model: nn.Module, shape: Sequence[int], classes: int) -> None:
     """Raise UserError unless the model turns rows of `shape` into logits of `classes`."""
     try:
         with torch.no_grad():
-            logits = copy.deepcopy(model).eval()(torch.zeros(2, *shape))
+            logits = copy.deepcopy(model).eval()(example(model, shape, 2))
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"model: it does not take rows of shape {tuple(shape)}: {error}") from None
     if not isinstance(logits, Tensor) or logits.shape != (2, classes):
@@ -91,20 +123,20 @@ def source_digest(options: Any) -> dict[str, str]:
 
 
 def count(model: nn.Module, shape: Sequence[int]) -> dict[str, int]:
-    """`parameters` and `macs` (multiply-accumulates of one row: half of torch's FLOP count)."""
+    """`parameters` and `macs` (multiply-accumulates of one row, of the longest text: half of torch's FLOP count)."""
     counter = FlopCounterMode(display=False)
     # The counter knows no fused CPU attention kernel and would count it as nothing; the plain one it does know.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        copy.deepcopy(model).eval()(torch.zeros(1, *shape))
+        copy.deepcopy(model).eval()(example(model, shape, 1))
     return {"parameters": sum(p.numel() for p in model.parameters()), "macs": counter.get_total_flops() // 2}
 
 
-def predictor(model: nn.Module) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+def predictor(model: nn.Module) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
     """The model as a plain function of arrays, in evaluation mode: rows [B, *shape] -> logits [B, classes], float32."""
     frozen = model.eval()
     device = next(model.parameters()).device
 
-    def predict(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    def predict(x: NDArray[Any]) -> NDArray[np.float32]:
         with torch.inference_mode():
             logits: NDArray[np.float32] = frozen(torch.from_numpy(x).to(device)).float().cpu().numpy()
             return logits

@@ -1,6 +1,8 @@
-"""A pre-norm transformer encoder over image patches (Dosovitskiy et al. 2021, arXiv:2010.11929), mean-pooled."""
+"""A pre-norm transformer encoder, mean-pooled: over image patches (Dosovitskiy et al. 2021, arXiv:2010.11929) or token ids."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +21,9 @@ class Attention(nn.Module):
         self.q, self.k, self.v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, bias_B11T: Tensor | None = None) -> Tensor:
         q, k, v = (self._split(layer(x_BTD)) for layer in (self.q, self.k, self.v))
-        y_BHTd = F.scaled_dot_product_attention(q, k, v)
+        y_BHTd = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_B11T)
         y: Tensor = self.out(y_BHTd.transpose(1, 2).flatten(2))
         return y
 
@@ -38,8 +40,8 @@ class Layer(nn.Module):
         self.norm1, self.attention = nn.LayerNorm(dim), Attention(dim, heads)
         self.norm2, self.up, self.down = nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.norm1(x_BTD))
+    def forward(self, x_BTD: Tensor, bias_B11T: Tensor | None = None) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.norm1(x_BTD), bias_B11T)
         y: Tensor = x_BTD + self.down(F.gelu(self.up(self.norm2(x_BTD))))
         return y
 
@@ -69,3 +71,39 @@ def transformer(options: spec.Transformer, shape: tuple[int, ...], classes: int)
         raise UserError(f"model.patch: {options.patch} does not tile rows of {shape}; they must be [channels, height, width] with both a multiple of it")
     tokens = (shape[1] // options.patch) * (shape[2] // options.patch)
     return Encoder(options, shape[0], tokens, classes)
+
+
+class TextEncoder(nn.Module):
+    """ids_BT int64, 0 for padding -> logits [B, classes], whatever the padding. T is at most `tokens`."""
+
+    position: Tensor
+
+    def __init__(self, options: spec.TextTransformer, vocabulary: int, tokens: int, classes: int) -> None:
+        super().__init__()
+        dim, hidden = options.dim, int(options.dim * options.mlp_ratio)
+        self.words = nn.Embedding(vocabulary, dim)
+        self.register_buffer("position", _sinusoids(tokens, dim))
+        self.layers = nn.ModuleList(Layer(dim, options.heads, hidden, stage) for stage in range(options.depth))
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        x_BTD = self.words(ids_BT) + self.position[: ids_BT.shape[1]]
+        real_BT = (ids_BT != 0).to(x_BTD.dtype)
+        bias_B11T = ((1 - real_BT) * -1e4)[:, None, None]  # a number that fp16 has, and whose exp() is 0
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, bias_B11T)
+        real_BT1 = real_BT.unsqueeze(2)
+        mean_BD = (self.norm(x_BTD) * real_BT1).sum(1) / real_BT1.sum(1).clamp(min=1)
+        logits: Tensor = self.head(mean_BD)
+        return logits
+
+
+def _sinusoids(tokens: int, dim: int) -> Tensor:
+    """Positions as sines and cosines of falling frequency (Vaswani et al. 2017, section 3.5), [tokens, dim]: no rare last ones to learn."""
+    angle = torch.arange(tokens)[:, None] * torch.exp(torch.arange(0, dim, 2) * (-math.log(10_000) / dim))
+    return torch.stack([angle.sin(), angle.cos()], 2).flatten(1)
+
+
+def text_transformer(options: spec.TextTransformer, shape: tuple[int, ...], classes: int, vocabulary: int) -> nn.Module:
+    """The encoder for rows of at most shape[0] ids out of `vocabulary`."""
+    return TextEncoder(options, vocabulary, shape[0], classes)

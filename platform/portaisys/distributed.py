@@ -1,0 +1,74 @@
+"""What several processes that train one model have to agree on: gradients, sums, and who saw what.
+
+Torch only; who started the processes (Ray, torchrun, a test) is not known here. Alone, every function does nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from portaisys.spec import Ddp, UserError
+
+
+def ddp(model: nn.Module, options: Ddp) -> nn.Module:
+    """The model with its gradients averaged over all processes (Li et al. 2020, arXiv:2006.15704).
+
+    Raises UserError for SyncBatchNorm without a GPU, which torch does not have.
+    """
+    if options.sync_batchnorm:
+        if next(model.parameters()).device.type == "cpu":
+            raise UserError("train.ddp.sync_batchnorm: torch has it for GPUs only; set train.use_gpu=true or train.ddp.sync_batchnorm=false")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    wrapped = DistributedDataParallel(
+        model, bucket_cap_mb=options.bucket_mib, gradient_as_bucket_view=options.gradient_as_bucket_view, static_graph=options.static_graph
+    )  # fmt: skip
+    if options.compress == "bf16":
+        wrapped.register_comm_hook(None, _in_bf16)
+    return wrapped
+
+
+def _in_bf16(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
+    """The bucket's mean over ranks, summed in bf16. torch's own hook of that kind refuses gloo, which can do it."""
+    halved = bucket.buffer().to(torch.bfloat16).div_(dist.get_world_size())
+    return dist.all_reduce(halved, async_op=True).get_future().then(lambda done: bucket.buffer().copy_(done.value()[0]))
+
+
+def exchanged_bytes(model: nn.Module, options: Ddp, world: int) -> int:
+    """Bytes that a rank gives to the exchange in one step: its gradients, and the buffers that rank 0 hands out.
+
+    What then goes over the wire is the backend's: a ring sends 2 * (world - 1) / world of the gradients.
+    """
+    if world == 1:
+        return 0
+    gradients = sum(p.numel() * (2 if options.compress == "bf16" else p.element_size()) for p in model.parameters() if p.requires_grad)
+    return gradients + sum(buffer.nbytes for buffer in model.buffers())
+
+
+def total(value: Tensor) -> Tensor:
+    """Sum over all ranks, the same bits on each. Waits for the slowest."""
+    if _several():
+        dist.all_reduce(value)
+    return value
+
+
+def first_said(text: str) -> str:
+    """The text of the first rank that has one, the same on each."""
+    if not _several():
+        return text
+    texts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, text)
+    return next((f"rank {rank}: {said}" for rank, said in enumerate(texts) if said), "")
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def any_rank(flag: bool, device: str | torch.device) -> bool:
+    """Whether it is so on some rank."""
+    return bool(total(torch.tensor(float(flag), device=device)).item())
