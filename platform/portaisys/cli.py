@@ -19,6 +19,7 @@ from portaisys.screen import (
     converted_table,
     entries_table,
     ledger_table,
+    rehearsal_table,
     search_table,
     stage_table,
     timings_table,
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="portaisys", description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True, metavar="verb")
     _verb(verbs, run, "run every stage of a spec that is not finished, gate, publish", "portaisys run jobs/specs/digits.yaml", _spec_arguments, _promote_argument, _resume_argument)
-    _verb(verbs, train, "the training stage of a spec alone", "portaisys train jobs/specs/digits.yaml train.epochs=5", _spec_arguments, _resume_argument)
+    _verb(verbs, train, "the training stage of a spec alone", "portaisys train jobs/specs/digits.yaml train.epochs=5\n  portaisys train jobs/specs/digits.yaml train.num_workers=16 --dry-run", _spec_arguments, _resume_argument, _dry_argument)
     _verb(verbs, compile_, "make engines of any ONNX file: verify, quantize, time, publish", "portaisys compile model.onnx --calibration data.npz --precision int8", _compile_arguments, _promote_argument, _storage_arguments, name="compile")
     _verb(verbs, benchmark, "time a version: every backend, precision and batch that runs here", "portaisys benchmark digits@production --batches 1,8,32", _version_argument, _benchmark_arguments, _storage_arguments)
     _verb(verbs, predict, "answer the rows of an .npz with a version", "portaisys predict digits@production data.npz --out answers.npz", _version_argument, _predict_arguments, _storage_arguments)
@@ -103,6 +104,10 @@ def _promote_argument(parser: Any) -> None:
 
 def _resume_argument(parser: Any) -> None:
     parser.add_argument("--resume", action="store_true", help="go on under a name that another spec has used; what still holds is reused")
+
+
+def _dry_argument(parser: Any) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="train nothing: check the spec against data and model, say steps, shares, shapes and memory of a worker")
 
 
 def _name_argument(parser: Any) -> None:
@@ -225,6 +230,11 @@ def train(options: argparse.Namespace) -> None:
     from portaisys import launch
 
     resolved = _settled(spec.load(options.file, options.overrides))
+    if options.dry_run:
+        from portaisys.rehearsal import rehearse
+
+        rehearsal_table(rehearse(resolved))
+        return
     with Screen() as tell:
         made = launch.train(resolved, tell, resume=options.resume)
     stage_table(made)

@@ -85,6 +85,24 @@ def stage_table(made: Any) -> None:
     console.print(places)
 
 
+def rehearsal_table(found: Any) -> None:
+    """What a training run would do, and what a worker would hold."""
+    most, least = found.batch_rows
+    rows = {
+        "rows": f"{found.rows:,} of {list(found.input_shape)}, {found.rows_an_epoch:,} of them in an epoch",
+        "steps": f"{found.steps:,}: {found.epochs} epochs of {found.steps_per_epoch:,}",
+        "a step": f"{most:,} rows" + (f" ({least:,} in the smallest)" if least != most else "") + f" over {found.workers} workers, {found.micro_batches} micro-batches of at most {found.micro_rows:,} rows in each",
+        "model": f"{found.parameters:,} parameters, answers {list(found.output_shape)} a row",
+        "exchanged": f"{found.exchanged_bytes / 2**20:,.2f} MiB a worker and step",
+        "memory": f"about {found.memory_bytes / 2**20:,.1f} MiB a worker in fp32, beside torch itself and what a layer needs while it computes: " + ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in found.bytes_by.items() if size),
+    }
+    table = Table(box=None, show_header=False)
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}", value)
+    console.print(table)
+    console.print("nothing was trained, and no cluster was asked")
+
+
 def search_table(found: Any, objectives: Iterable[str]) -> None:
     """The Pareto front, what became of the other trials, and where everything lies."""
     front = [trial for trial in found.trials if trial.id in found.front]
