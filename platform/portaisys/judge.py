@@ -93,7 +93,7 @@ def judge(
     `compiled`: the same through torch.compile, timed beside it. `size`: its parameters, macs and size_bytes. `looks`: how many candidates have looked at this test split, these included.
     Raises UserError when the dense engine itself is wrong.
     """
-    options = options_of(spec.engine, spec.export)
+    options = options_of(spec.engine, spec.export, spec.dims)
     engines, rows = _engines(spec, subjects, options, tell)
     sizes = sorted({1, 2, spec.export.opt_batch, spec.export.max_batch})
     unsound = {name: verify.problem(engine, {engine.inputs[0].name: test.x[:VERIFIED_ROWS]}, batches=sizes, seed=spec.seed) for name, engine in engines.items()}

@@ -524,6 +524,13 @@ class Spec(Section):
         return self.compress[-1].quantize if self.compress else None
 
     @property
+    def dims(self) -> tuple[tuple[str, int, int, int], ...]:
+        """Free dimensions of the engine's input beside the batch, each with its least, usual and largest size: of texts, their tokens."""
+        if not isinstance(self.data, Text):
+            return ()
+        return (("tokens", 1, max(1, self.data.max_tokens // 4), self.data.max_tokens),)
+
+    @property
     def precisions(self) -> tuple[str, ...]:
         """Precisions an engine is built for, fp32 first."""
         return self.engine.precisions or (("fp32", "int8") if self.quantize else ("fp32",))

@@ -272,7 +272,7 @@ def chosen(job: Job, draft: Draft) -> None:
     asked = ("fp32", *job.spec.precisions)
     # Of two fp32 ones the small.
     files = {(name, subject.precision): subject.file for name in BACKENDS for subject in subjects(job.parents, dict.fromkeys(asked, name))}
-    settings = options_of(options, export)
+    settings = options_of(options, export, job.spec.dims)
     batches = sorted({1, export.opt_batch, export.max_batch})
     cache = cache_of(job.spec.storage)
     table = choose.measure(files, {INPUT: job.splits.calibration.x}, settings, cache, batches=batches, rounds=CHOICE_ROUNDS, seed=job.spec.seed, tell=job.tell)
@@ -353,7 +353,7 @@ def packed(job: Job, draft: Draft) -> None:
         "name": job.spec.name, "labels": list(job.splits.labels), "backends": {precision: subject.backend for precision, subject in best.items()}, "precisions": list(best),
         "engines": {precision: subject.name for precision, subject in best.items()}, "opt_batch": job.spec.export.opt_batch,
         "max_batch": job.spec.export.max_batch, "tolerance": job.spec.export.tolerance, "threads": job.spec.engine.threads, "verdicts": verdict["rows"],
-        "options": remembered(options_of(job.spec.engine, job.spec.export)),
+        "options": remembered(options_of(job.spec.engine, job.spec.export)), **({"dims": job.spec.dims} if job.spec.dims else {}),
         "lineage": {"data": job.splits.digest, "test": job.splits.test_digest} | {role: parent.digest for role, parent in job.parents.items()},
     }  # fmt: skip
     if job.splits.tokenizer:
@@ -364,7 +364,7 @@ def packed(job: Job, draft: Draft) -> None:
 
 
 def _answers(options: Spec, subject: Subject, rows: Any) -> Any:
-    settings = replace(options_of(options.engine, options.export), precision=subject.precision)
+    settings = replace(options_of(options.engine, options.export, options.dims), precision=subject.precision)
     engine = load(get_or_build(subject.file, subject.backend, settings, cache_of(options.storage)), settings)
     answers = evaluate.predict_rows(lambda x: engine.run({INPUT: x})[OUTPUT], rows, options.export.max_batch)
     engine.close()

@@ -562,7 +562,7 @@ def _reporter(folder: Path, report: Report) -> Tell:
 
 def _engine(options: Spec, onnx: Path) -> Engine:
     precision = "int8" if options.quantize and "int8" in options.precisions and onnx.parent.name == "quantize" else "fp32"
-    settings = replace(options_of(options.engine, options.export), precision=precision)
+    settings = replace(options_of(options.engine, options.export, options.dims), precision=precision)
     # One backend for all trials, or their latencies would not compare; `auto` is for the run of the best spec.
     backend = "onnxruntime" if options.engine.backend == "auto" else options.engine.backend
     return load(get_or_build(onnx, backend, settings, cache_of(options.storage)), settings)

@@ -18,6 +18,7 @@ from portaisys.spec import Engine as EngineSpec
 from portaisys.spec import Export, UserError
 
 Arrays = Mapping[str, NDArray[Any]]
+Dims = tuple[tuple[str, int, int, int], ...]
 Status = Literal["built", "executed"]
 
 
@@ -42,7 +43,7 @@ class Options:
     precision: str = "fp32"
     opt_batch: int = 8
     max_batch: int = 64
-    dims: tuple[tuple[str, int, int, int], ...] = ()
+    dims: Dims = ()
     hint: str = "latency"
     provider: str = "auto"
     workspace_mib: int | None = None
@@ -59,10 +60,10 @@ class Options:
                 raise UserError(f"engine profile: {name} goes from {sizes[0]} by {sizes[1]} to {sizes[2]}; the least must be 1 or more, the usual between it and the largest")
 
 
-def options_of(engine: EngineSpec, export: Export) -> Options:
+def options_of(engine: EngineSpec, export: Export, dims: Dims = ()) -> Options:
     """The options of a spec's engines, at fp32: whoever builds another precision replaces it."""
     return Options(
-        "fp32", export.opt_batch, export.max_batch, hint=engine.objective, provider=engine.provider, workspace_mib=engine.workspace_mib,
+        "fp32", export.opt_batch, export.max_batch, dims, hint=engine.objective, provider=engine.provider, workspace_mib=engine.workspace_mib,
         optimization_level=engine.optimization_level, sparse=engine.sparse, rest="bf16" if "bf16" in (engine.precisions or ()) else "fp32", threads=engine.threads, slots=engine.slots, cuda_graphs=engine.cuda_graphs,
     )  # fmt: skip
 
