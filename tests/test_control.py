@@ -112,6 +112,19 @@ def test_a_canary_answers_its_share_on_either_path(two: Running, headers: str) -
     assert lineages(two, 10, headers) == {"tiny/4": 10}
 
 
+@pytest.mark.parametrize("percent", [10, 25, 50])
+def test_a_canarys_share_is_the_same_for_requests_that_the_fast_lane_hands_on(two: Running, percent: int) -> None:
+    two.models.served["tiny"].release = Release(Traffic(Canary("3", percent)))
+    found: Counter[str] = Counter()
+    with two.connect() as sock:
+        stream = sock.makefile("rwb")
+        for _ in range(40):
+            stream.write(raw(X, parameters={"binary_data_output": False}))  # its answer is JSON
+            stream.flush()
+            found[reply(stream)[1]["x-portaisys-lineage"].split()[0]] += 1
+    assert found["tiny/3"] == 40 * percent / 100
+
+
 def test_a_version_in_the_url_is_never_the_canarys(two: Running) -> None:
     two.models.served["tiny"].release = Release(Traffic(Canary("3", 100)))
     with two.connect() as sock:

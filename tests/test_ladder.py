@@ -143,6 +143,23 @@ def test_many_threads_climb_once() -> None:
     assert len(found.steps) == 1 and len(answers) == 8 and all(np.isfinite(answer).all() for answer in answers)
 
 
+def test_a_batch_that_ran_beside_the_one_that_climbed_gives_no_nan_either() -> None:
+    together = threading.Barrier(4)
+
+    def odd(x: Any) -> Any:
+        together.wait(10)  # all are in the first engine before any of them says so
+        return x * np.float32(np.nan)
+
+    found, _ = ladder(odd)
+    answers: list[Any] = []
+    threads = [threading.Thread(target=lambda: answers.append(found.run(rows(2))["y"])) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(found.steps) == 1 and len(answers) == 4 and all(np.isfinite(answer).all() for answer in answers)
+
+
 def test_closing_frees_every_rung_that_was_opened() -> None:
     found, rungs = ladder(lambda x: x * np.float32(np.nan))
     found.run(rows(1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tritonclient.utils import InferenceServerException
 
 from portaisys.serve.core import Core, Listen
 from portaisys.serve.model import Limits, ServedModel
-from portaisys.serve.repository import Repository, RestingError, Room, of_storage
+from portaisys.serve.repository import Repository, RestingError, Room, UnknownModelError, of_storage
 from portaisys.spec import UserError
 
 MIB = 1 << 20
@@ -116,6 +117,7 @@ def test_a_model_that_cannot_be_loaded_again_is_503_and_names_no_path(three: Any
         infer(client(core), rows(1), model="a")
     assert "/secret" not in str(caught.value) and models.rests("a")
     opener.gone.clear()
+    models.served["a"].broken_until = 0.0  # the five seconds are over
     infer(client(core), rows(1), model="a")
 
 
@@ -125,6 +127,76 @@ def test_one_that_left_can_be_unloaded_and_is_unknown_then(three: Any) -> None:
     assert not models.rests("a")
     with pytest.raises(InferenceServerException, match="unknown model"):
         infer(client(core), rows(1), model="a")
+
+
+def test_a_version_unloaded_by_hand_does_not_come_back_with_the_others() -> None:
+    opener = Opener()
+    models = Repository(opener, lambda reference: [f"{reference.partition('@')[0]}@{number}" for number in reference.partition("@")[2].split(",")], most_bytes=int(2.5 * MIB))
+
+    async def scene() -> None:
+        await models.load("m@3,2")
+        await models.unload("m", "3")
+        await models.load("b@1")
+        models.pick("b")
+        await models.load("c@1")  # which sends m to rest
+        assert models.rests("m")
+        await models.wake("m")
+        assert models.versions("m") == ["2"] and models.pick("m").version == "2"
+        await models.close()
+
+    asyncio.run(scene())
+
+
+def test_of_a_model_that_left_one_version_can_be_unloaded_and_the_other_answers() -> None:
+    models = Repository(Opener(), lambda reference: [f"{reference.partition('@')[0]}@{number}" for number in reference.partition("@")[2].split(",")], most_bytes=int(2.5 * MIB))
+
+    async def scene() -> None:
+        await models.load("m@3,2")
+        await models.load("b@1")
+        assert models.rests("m")
+        with pytest.raises(UnknownModelError, match="this server has 2, 3"):
+            await models.unload("m", "7")
+        await models.unload("m", "3")
+        await models.wake("m")
+        assert models.versions("m") == ["2"]
+        await models.close()
+
+    asyncio.run(scene())
+
+
+def test_a_client_that_leaves_does_not_stop_a_model_on_its_way_back() -> None:
+    go, slow, opener = threading.Event(), threading.Event(), Opener()
+
+    def opened(reference: str) -> ServedModel:
+        assert not slow.is_set() or go.wait(20)
+        return opener(reference)
+
+    models = Repository(opened, lambda reference: [reference], most_bytes=int(1.5 * MIB))
+
+    async def scene() -> None:
+        await models.load("a@1")
+        await models.load("b@1")
+        slow.set()
+        leaves = asyncio.create_task(models.wake("a"))
+        await asyncio.sleep(0)
+        leaves.cancel()
+        await asyncio.gather(leaves, return_exceptions=True)
+        stays = asyncio.create_task(models.wake("a"))
+        go.set()
+        await stays
+        assert models.pick("a").ready and opener.opened.count("a") == 2
+        await models.close()
+
+    asyncio.run(scene())
+
+
+def test_one_that_cannot_come_back_sends_the_others_to_rest_once_not_at_every_request(three: Any) -> None:
+    opener, models, core = three
+    opener.gone.add("a")
+    for _ in range(5):
+        with pytest.raises(InferenceServerException):
+            infer(client(core), rows(1), model="a")
+    assert models.rests_total <= 2 and client(core).is_server_ready()
 
 
 def test_following_the_registry_does_not_wake_it(three: Any) -> None:

@@ -26,6 +26,7 @@ REFUSED = [
     ({"engine": {"precisions": ["int8"]}}, "engine.precisions: 'int8' needs a quantize step"),
     ({"train": {"batch_size": 7, "num_workers": 2}}, "batch_size 7 is not a multiple of num_workers x accumulate_steps = 2; take 6 or 8"),
     ({"train": {"tokens_per_batch": 512, "micro_batch": 4}}, "train.tokens_per_batch: it says what is computed at once as well"),
+    ({"train": {"tokens_per_batch": 512, "ddp": {"static_graph": True}}}, "train.tokens_per_batch: workers cut their rows into different numbers of micro-batches"),
     ({"compress": [{"quantize": {}}, {"prune": {}}]}, "must be the last step"),
     ({"compress": [{"prune": {}, "distill": {}}]}, "exactly one of prune, sparsify, distill, quantize"),
     ({"model": {"channels": [8, 16], "blocks": [1]}}, "model.blocks: 1 values for 2 stages"),

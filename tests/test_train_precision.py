@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from portaisys import data, models, spec
-from portaisys.precision import LIMIT, choose, islands, supported
+from portaisys.precision import LIMIT, Ladder, choose, islands, supported
 from portaisys.spec import UserError
 from portaisys.train import fit
 
@@ -93,6 +93,22 @@ def test_gradients_too_large_for_fp16_lower_the_scale_and_the_step_is_done_again
     metrics, _, rows = train(digits, tmp_path, Net(lambda x: Reached.apply(x, lambda g: g * 300)), precision="fp16", clip_norm=1.0)
     assert metrics["scale_lowered"] >= 1 and counts(metrics)[1:] == (0, 0, 0)
     assert all_rows(rows)
+
+
+def test_a_gradient_that_no_scale_helps_leaves_the_scale_to_the_steps_after_it():
+    ladder = Ladder("fp16", "cpu", lambda text: None)
+    before = ladder.scaler.scale(torch.ones(())).item()
+    tried = ["fp16"]
+    while tried[-1] == "fp16":
+        tried.append(ladder.climb(7, "fp16", False, str))
+    assert tried[-1] == "fp32" and len(tried) == 18 and ladder.scaler.get_scale() == before
+    assert ladder.climb(8, "fp16", False, str) == "fp16" and ladder.scaler.get_scale() == before / 2
+
+
+def test_a_trial_of_auto_goes_on_after_an_overflow_in_fp16(digits, tmp_path):
+    model = Net(lambda x: Reached.apply(x, lambda g: g * 300))  # which the first scale does not hold
+    _, notes, rows = train(digits, tmp_path, model, precision="auto", clip_norm=1.0)
+    assert notes[0].startswith("train.precision: auto took ") and all_rows(rows)
 
 
 def sometimes(limit, times):

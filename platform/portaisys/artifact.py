@@ -222,7 +222,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove drafts a killed run left in `folder`. Call only while it is `locked`."""
+    """Remove drafts a killed run left in `folder`. Call only where nobody else writes there: while it is `locked`, or before a training begins."""
     for path in folder.glob(".*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

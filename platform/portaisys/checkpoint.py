@@ -116,6 +116,7 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._fresh: Path | None = None
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Writer:
         return self
@@ -145,7 +146,8 @@ class Writer:
 
     def written(self) -> Path | None:
         """The folder of a checkpoint that was finished since this was last asked."""
-        done, self._fresh = self._fresh, None
+        with self._lock:
+            done, self._fresh = self._fresh, None
         return done
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> None:
@@ -164,7 +166,8 @@ class Writer:
             with artifact.writing(slot, kind="checkpoint", key=self._key, parents={}, spec=self._fields) as draft:
                 safetensors.torch.save_file(self._copies, draft.path / TENSORS)
                 draft.scores.update(state)
-            self._newest, self._fresh = (slot, state["step"]), slot
+            with self._lock:
+                self._newest, self._fresh = (slot, state["step"]), slot
         except BaseException as error:  # whatever it is, it ends the training, in the thread that can say so
             self._failure = error
 

@@ -314,6 +314,8 @@ def _sections(options: Spec, stage: Stage) -> dict[str, Any]:
     found = {name: tree[name] for name in stage.sections}
     if "train" in found:
         found["train"] = {name: value for name, value in found["train"].items() if name not in _NOT_IN_KEYS}
+        if options.train.ddp.sync_batchnorm:  # of how gradients are exchanged this alone changes what is learnt
+            found["train"]["sync_batchnorm"] = True
     if "model" in found:
         found["model"] |= models.source_digest(options.model)
     return found
@@ -470,11 +472,11 @@ def _worker(config: Mapping[str, Any]) -> None:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     _log.info("worker begins", extra={"run": fit.spec["name"], "stage": Path(fit.work).stem, "key": fit.key[:12], "rank": rank})
+    where = str(ray.train.torch.get_device()) if config["use_gpu"] else "cpu"
     if fit.remote:
-        _fetch_checkpoints(fit)
-        for parent in map(Path, fit.parents.values()):  # this may be another machine than the one that made them
-            if not parent.exists():
-                store.pull(f"{fit.remote.rpartition('/')[0]}/{parent.name}", parent)
+        if context.get_local_rank() == 0:  # the workers of a machine share its folder
+            _fetch(fit)
+        distributed.total(torch.zeros((), device=where))  # nobody reads before all is there
 
     def report(values: Mapping[str, float], folder: Path | None) -> None:
         if rank == 0:
@@ -484,12 +486,18 @@ def _worker(config: Mapping[str, Any]) -> None:
         # Ray hears metrics only: the checkpoint is ours, already in its place, and every rank reports equally often.
         ray.train.report(dict(values))
 
-    where = str(ray.train.torch.get_device()) if config["use_gpu"] else "cpu"
     wrapped = partial(distributed.ddp, options=spec.parse(fit.spec).train.ddp)
     carry_out(fit, Place(rank, context.get_world_size(), where, wrapped), report)
     if fit.remote and rank == 0:
         for name in (WEIGHTS, NOTES):
             store.send_file(Path(fit.work) / name, f"{fit.remote}/{name}")
+
+
+def _fetch(fit: Fit) -> None:
+    _fetch_checkpoints(fit)
+    for parent in map(Path, fit.parents.values()):  # this may be another machine than the one that made them
+        if not parent.exists():
+            store.pull(f"{fit.remote.rpartition('/')[0]}/{parent.name}", parent)
 
 
 def _fetch_checkpoints(fit: Fit) -> None:

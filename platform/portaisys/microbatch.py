@@ -110,7 +110,8 @@ def _limit(limit_bytes: int, device: str, margin: float) -> None:
     import torch
 
     free, total = torch.cuda.mem_get_info(device)
-    torch.cuda.set_per_process_memory_fraction(min(free * (1 - margin), limit_bytes) / total, device)
+    index = torch.device(device).index  # which this function wants, and "cuda" has none
+    torch.cuda.set_per_process_memory_fraction(min(free * (1 - margin), limit_bytes) / total, torch.cuda.current_device() if index is None else index)
 
 
 # --- how much there is ------------------------------------------------------------------------------------------------

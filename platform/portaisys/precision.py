@@ -66,12 +66,12 @@ def autocast(precision: str, device: str) -> AbstractContextManager[Any]:
 
 @contextmanager
 def products(precision: str, device: str) -> Iterator[None]:
-    """For both passes: whether fp32 products of a GPU may be rounded to TF32. In fp32 they are not, convolutions included, unlike torch's default."""
+    """For both passes: whether fp32 products of a GPU may be rounded to TF32: in `tf32` alone. Islands of a 16-bit run are fp32 as they say, convolutions included, unlike torch's default."""
     if not device.startswith("cuda"):
         yield
         return
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     try:
         yield
     finally:
@@ -132,6 +132,7 @@ class Ladder:
         self.counts = dict.fromkeys(RUNGS, 0)
         self._repeated: list[int] = []
         self._skipped: list[int] = []
+        self._scale_of: tuple[int, float] = (-1, 1.0)  # the scale that a step was tried with first
 
     def climb(self, step: int, tried: str, overflowed: bool, why: Callable[[], str]) -> str | None:
         """The gradients of `step`, computed in `tried`, are not finite: the precision to compute it in again, None to leave it out.
@@ -140,8 +141,11 @@ class Ladder:
         """
         if tried == "fp16":
             scale = self.scaler.get_scale()
+            if self._scale_of[0] != step:
+                self._scale_of = (step, scale)
             lower = not overflowed and scale > 1
-            self.scaler.update(scale / 2 if lower else scale)  # and forgets what it saw of this attempt
+            # It forgets what it saw of this attempt. Where no scale helps, the cause is another, and steps to come keep theirs.
+            self.scaler.update(scale / 2 if lower else self._scale_of[1])
             if lower:
                 self.counts["scale_lowered"] += 1
                 return "fp16"
@@ -172,7 +176,7 @@ class Ladder:
 
     def state(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
-        return {"precision": self.precision, "counts": self.counts, "repeated": self._repeated, "skipped": self._skipped, "scaler": self.scaler.state_dict()}
+        return {"precision": self.precision, "counts": dict(self.counts), "repeated": list(self._repeated), "skipped": list(self._skipped), "scaler": self.scaler.state_dict()}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """What `state` gave."""

@@ -254,6 +254,8 @@ class Train(Section):
         if self.tokens_per_batch:
             if self.micro_batch or self.accumulate_steps > 1:
                 raise ValueError(".tokens_per_batch: it says what is computed at once as well; leave micro_batch and accumulate_steps out")
+            if self.ddp.static_graph or self.ddp.sync_batchnorm:
+                raise ValueError(".tokens_per_batch: workers cut their rows into different numbers of micro-batches, and would wait for each other for ever with ddp.static_graph or ddp.sync_batchnorm; leave those out")
         elif self.micro_batch:
             if self.accumulate_steps > 1:
                 raise ValueError(".accumulate_steps: it follows from micro_batch; leave one of the two out")

@@ -127,8 +127,8 @@ def _with_micro_batch(options: Spec, splits: Splits, train: Train, place: Place,
     if train.micro_batch != "auto":
         return train
     most = -(-train.batch_size // place.world)
-    # Every rank may stand on this machine.
-    limit = memory_limit(place.world, place.device)
+    # Every rank may stand on this machine; a card is one rank's alone.
+    limit = memory_limit(1 if place.device.startswith("cuda") else place.world, place.device)
     attempt = partial(try_step, options, splits.shape, len(splits.labels), splits.vocabulary, place.device)
     found = find_micro_batch(attempt, most, limit_bytes=limit, device=place.device, agree=partial(least_of_ranks, device=place.device))
     note(f"train.micro_batch: auto is {found} rows, of {most} that a worker has in a step; {limit / 2**20:,.0f} MiB were there")

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from portaisys import checkpoint, distributed, evaluate
+from portaisys import artifact, checkpoint, distributed, evaluate
 from portaisys.checkpoint import Checkpoint, Writer
 from portaisys.data import Split
 from portaisys.models import predictor
@@ -98,6 +98,9 @@ def fit(
     learner = Learner(model, trained, make_optimizer(model, options), ladder, loss, options, place)
     average = _copy(model) if options.ema_decay else {}
     start, samples = resume(left, learner, average, plan) if left else (0, 0)
+    left = left and replace(left, tensors={})  # they are a mapped file, whose blocks would stay taken when its slot is written anew
+    if place.rank == 0:
+        artifact.sweep(folder)  # of writes that were killed; every rank has read by now
     exchanged = distributed.exchanged_bytes(model, options.ddp, place.world)
     buffers = [*model.buffers()]
     kept = [buffer.clone() for buffer in buffers]
@@ -157,8 +160,9 @@ class Plan:
 
     def __init__(self, batches: Batches, epochs: int) -> None:
         self._batches = functools.lru_cache(maxsize=2)(batches)
-        self._ends = np.cumsum([len(self._batches(epoch)) for epoch in range(epochs)])
-        if not all(self.steps(epoch) for epoch in range(epochs)):
+        self._steps = [len(self._batches(epoch)) for epoch in range(epochs)]
+        self._ends = np.cumsum(self._steps)
+        if not all(self._steps):
             raise UserError("train: an epoch has no batch; there are no training rows, or `batches` gives none")
 
     @property
@@ -166,7 +170,7 @@ class Plan:
         return int(self._ends[-1])
 
     def steps(self, epoch: int) -> int:
-        return len(self._batches(epoch))
+        return self._steps[epoch]
 
     def where(self, step: int) -> tuple[int, int]:
         """Epoch and batch in it of a step; of the step after the last, the epoch after the last."""
@@ -432,7 +436,9 @@ def _one_step(learner: Learner, shares: Sequence[list[Share]], step: int, total:
     set_rate(learner.optimizer, learner.options, step, total)
     with islands(learner.model, learner.options.fp32_modules, learner.place.device):
         value = gradients(learner, shares[step], learner.options.precision)
-    update(learner, learner.options.precision)
+    if not update(learner, learner.options.precision) and learner.options.precision == "fp16":
+        scaler = learner.ladder.scaler  # there is no ladder in a trial: the next step begins with half the scale
+        scaler.update(max(1.0, scaler.get_scale() / 2))
     return value.item()
 
 
@@ -504,7 +510,7 @@ def resume(left: Checkpoint, learner: Learner, average: Mapping[str, Tensor], pl
         index, _, part = name.partition("/")
         weights = parameters[int(index)]
         # In the weights' own order of memory: fused kernels go through both by address.
-        state.setdefault(int(index), {})[part] = torch.empty_like(weights, dtype=tensor.dtype).copy_(tensor) if tensor.shape == weights.shape and tensor.ndim else tensor
+        state.setdefault(int(index), {})[part] = torch.empty_like(weights, dtype=tensor.dtype).copy_(tensor) if tensor.shape == weights.shape and tensor.ndim else tensor.clone()
     learner.optimizer.load_state_dict({"state": state, "param_groups": learner.optimizer.state_dict()["param_groups"]})
     learner.ladder.load(left.state["ladder"])
     return left.step, int(left.state["samples"])
@@ -513,7 +519,7 @@ def resume(left: Checkpoint, learner: Learner, average: Mapping[str, Tensor], pl
 def _refuse_different_starts(left: Checkpoint | None, place: Place) -> None:
     """Ranks that do not see one and the same checkpoint would train different models."""
     step = left.step if left else 0
-    if distributed.total(torch.tensor(float(step), device=place.device)).item() != step * place.world:
+    if distributed.total(torch.tensor(float(step), dtype=torch.float64, device=place.device)).item() != step * place.world:
         raise UserError("storage.path: the workers see different checkpoints; name a folder that all of them share, or s3://bucket/prefix")
 
 

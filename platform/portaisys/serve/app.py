@@ -24,10 +24,10 @@ from portaisys.serve import protocol
 from portaisys.serve.core import Core, Listen
 from portaisys.serve.model import Limits
 from portaisys.serve.ray_metrics import RayMetrics, ReplyMetrics
-from portaisys.serve.repository import Room, of_storage
+from portaisys.serve.repository import Change, Room, of_storage
 from portaisys.serve.scaling import LOAD, Autoscale, LoadMeter
-from portaisys.serve.siblings import Change, Siblings
-from portaisys.spec import Precision, Storage
+from portaisys.serve.siblings import Changes, Siblings
+from portaisys.spec import Precision, Storage, UserError
 
 logger = logging.getLogger("portaisys.serve")
 
@@ -92,6 +92,9 @@ class ServeArgs(BaseModel):
         return Limits(self.max_batch, self.max_delay_ms, self.max_queue, self.threads, self.precision, self.check_every, self.instances)
 
 
+JOINS = 5  # health checks, one every two seconds, at which a replica asks the others at least
+
+
 class Replica:
     """One process with the engines of an application. Ray sends it requests once the constructor is done, which is when they are warm."""
 
@@ -101,12 +104,14 @@ class Replica:
         self._replies = ReplyMetrics()
         models = of_storage(parsed.storage, parsed.limits, RayMetrics, Room(parsed.memory_mib, parsed.response_cache_mib))
         listen = Listen(host=parsed.data_host, http_port=parsed.data_port, grpc_port=parsed.grpc_port, tls_cert=parsed.tls_cert, tls_key=parsed.tls_key, keys=parsed.keys, shared=True)
-        self._core = Core(models, parsed.references, listen, self._replies.count).start()
+        self._siblings, self._load = Siblings(parsed.references), LoadMeter()
+        models.tell_others = self._siblings.tell
+        # Before it listens: the kernel sends a share of the connections to whoever does.
+        self._core = Core(models, parsed.references, listen, self._replies.count, before=self._join).start()
         for model in self._core.models.all():
             RayMetrics(f"{model.name}@{model.version}").fallbacks(model.fallbacks)
-        self._siblings, self._load = Siblings(), LoadMeter()
-        models.tell_others = self._siblings.tell
-        self._joined: asyncio.Task[None] | None = None
+        self._joining: asyncio.Task[bool] | None = None
+        self._joins = 0
         if self._core.ports:
             logger.info("listening on %s at %s", parsed.data_host, self._core.ports)
 
@@ -121,21 +126,26 @@ class Replica:
         self._replies.count(reply.status)
         return Response(reply.body, reply.status, dict(reply.headers))
 
-    async def changed(self, by: str, name: str, action: str, parameters: dict[str, Any]) -> str:
+    async def changed(self, by: str, name: str, change: Change) -> str:
         """Another replica was asked to load or unload: do so too. Returns why not, or nothing."""
-        return (
-            "" if by == self._siblings.mine else await asyncio.to_thread(self._core.run, self._core.follow_hand(name, action, parameters))
-        )
+        return "" if by == self._siblings.mine else await asyncio.to_thread(self._core.run, self._core.follow_hand(name, change))
 
-    async def changes(self, by: str) -> dict[str, Change]:
-        """What was loaded and unloaded by hand here."""
-        return {} if by == self._siblings.mine else dict(self._core.models.by_hand)
+    async def changes(self, by: str, references: list[str]) -> Changes:
+        """What was loaded and unloaded by hand here, for a replica of the same arguments: with others they count, not what was done before."""
+        return {} if by == self._siblings.mine or references != self._siblings.references else dict(self._core.models.by_hand)
 
-    async def _join(self) -> None:
-        """Do what the others were asked before this replica was there to be told."""
-        for name, (action, parameters) in (await self._siblings.changes()).items():
-            if self._core.models.by_hand.get(name) != (action, parameters):
-                await asyncio.to_thread(self._core.run, self._core.follow_hand(name, action, parameters))
+    async def _join(self, core: Core) -> bool:
+        """Do, on the core's loop, what the others were asked before this replica was there to be told. Whether all of it is known and done."""
+        try:
+            found = await self._siblings.changes()
+        except UserError as problem:
+            logger.warning("joining: %s", problem)
+            return False
+        problems = [await core.follow_hand(name, change) for name, changes in found.items() for change in changes]
+        return not any(problems)
+
+    async def _joined(self) -> bool:
+        return await asyncio.to_thread(self._core.run, self._join(self._core))
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What Ray's controller hears of this replica for its policy."""
@@ -143,13 +153,19 @@ class Replica:
 
     async def check_health(self) -> None:
         """Ray replaces a replica that raises here."""
-        if self._joined is None:  # the first look comes once Ray knows this replica, and tells it what comes after
-            self._joined = asyncio.create_task(self._join())
+        self._join_again()
         self._replies.flush()
         self._replies.models(list(self._core.models.all()))
         for model in list(self._core.models.all()):
             if not model.ready:
                 raise RuntimeError(f"{model.name}: the engine has been in one run for {model.batcher.busy_s():.0f} s")
+
+    def _join_again(self) -> None:
+        """Ray tells the others of this replica some time after it started: what they were asked until then is asked for again, until all is done."""
+        done = self._joining is None or self._joining.done()
+        if done and (self._joins < JOINS or (self._joining is not None and not self._joining.cancelled() and (self._joining.exception() or not self._joining.result()))):
+            self._joins += 1
+            self._joining = asyncio.create_task(self._joined())
 
     async def __del__(self) -> None:
         # Ray calls this after the replica's last request. The attribute is missing when the constructor raised.

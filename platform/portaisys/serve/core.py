@@ -23,12 +23,13 @@ from portaisys.serve import protocol
 from portaisys.serve.grpc import GrpcPort
 from portaisys.serve.http import Bounds, Port
 from portaisys.serve.keys import read_keys, refuse_open
-from portaisys.serve.repository import Repository, UnknownModelError
+from portaisys.serve.repository import Change, Repository, UnknownModelError
 from portaisys.spec import UserError
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+Before = Callable[["Core"], Coroutine[Any, Any, object]]
 DRAIN_S = 15.0
 FOLLOW_S = 5.0  # between looks at the registry: a promotion is everywhere after this
 
@@ -50,10 +51,11 @@ class Listen:
 
 
 class Core:
-    """A replica's loop. `ports`: protocol -> number, as they came to be. Raises UserError for keys that cannot be read, or none where others can reach a port."""
+    """A replica's loop. `before`: what is done once the models are loaded and nobody is answered yet. `ports`: protocol -> number, as they came to be. Raises UserError for keys that cannot be read, or none where others can reach a port."""
 
-    def __init__(self, models: Repository, references: Sequence[str], listen: Listen, count: Callable[[int], None] = lambda status: None, bounds: Bounds | None = None) -> None:
+    def __init__(self, models: Repository, references: Sequence[str], listen: Listen, count: Callable[[int], None] = lambda status: None, bounds: Bounds | None = None, before: Before | None = None) -> None:
         self.models = models
+        self._before = before
         self.ports: dict[str, int] = {}
         self._references, self._listen = references, listen
         self._keys = read_keys(Path(listen.keys)) if listen.keys else None
@@ -72,6 +74,8 @@ class Core:
         try:
             for reference in self._references:
                 self.run(self.models.load(reference))
+            if self._before is not None:
+                self.run(self._before(self))
             if self._listen.http_port is not None:
                 self.ports["http"] = self.run(self._listened(self._listen.http_port))
             if self._listen.grpc_port is not None:
@@ -95,15 +99,16 @@ class Core:
         asked = asyncio.run_coroutine_threadsafe(protocol.handle(method, path, headers, body, self.models, self._keys), self._loop)
         return await asyncio.wrap_future(asked)
 
-    async def follow_hand(self, name: str, action: str, parameters: Mapping[str, Any]) -> str:
-        """Load or unload what another replica was asked to; on this loop. Returns why not, or nothing."""
-        self.models.by_hand[name] = action, dict(parameters)
+    async def follow_hand(self, name: str, change: Change) -> str:
+        """Load or unload what another replica was asked to, unless something later was done already; on this loop. Returns why not, or nothing."""
+        if not self.models.remember(name, change):
+            return ""
         try:
-            await protocol.change(self.models, name, action, parameters, spread=False)
+            await protocol.change(self.models, name, change.action, change.parameters, spread=False)
         except UnknownModelError:
-            return "" if action == "unload" else "unknown model"  # it is out already
+            return "" if change.action == "unload" else "unknown model"  # it is out already
         except protocol.RefusedError as refused:
-            logger.warning("%s of %s, which another replica was asked: %s", action, name, refused)
+            logger.warning("%s of %s, which another replica was asked: %s", change.action, name, refused)
             return str(refused)
         return ""
 

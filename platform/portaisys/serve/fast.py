@@ -86,12 +86,18 @@ class FastLane:
             self._known.clear()
             self._generation = self._models.generation
         try:
-            model = self._models.pick(name, version, headers)
+            plain = self._models.pick(name, version)
         except RestingError:
             return None
-        known = self._known.get((model, body[:json_bytes])) or self._learn(model, json_bytes, body)
+        head = body[:json_bytes]
+        known = self._known.get((plain, head)) or self._learn(plain, json_bytes, body)
         if known is None:
             return None
+        model = self._models.pick(name, version, headers)  # a canary draws its share: only of what is asked here
+        if model is not plain:
+            known = self._known.get((model, head)) or self._learn(model, json_bytes, body)
+            if known is None:
+                return None
         if not model.ready:
             raise RefusedError(503, "the model is not ready", {"Retry-After": "1"})
         if len(body) != known.body_bytes:

@@ -178,7 +178,7 @@ class GrpcPort:
             asked = _parsed(request, body)
             if self.keys is not None:
                 self.keys.check(_headers(context), asked.model_name, admin=True)
-            await protocol.change(self.models, asked.model_name, action, _values(asked.parameters))
+            await self.models.whole(protocol.change(self.models, asked.model_name, action, _values(asked.parameters)))
             return b""
 
         return answer
@@ -211,10 +211,12 @@ class GrpcPort:
             self.keys.check(_headers(context), service)
 
     def _health(self, service: str) -> str:
-        models = list(self.models.all()) if service in ("", SERVICE) else [model for model in self.models.all() if model.name == service]
-        if not models and service not in ("", SERVICE):
-            return "SERVING" if self.models.rests(service) else "SERVICE_UNKNOWN"  # whoever asks it wakes it
-        return "SERVING" if models and all(model.ready for model in models) and not self._leaving.is_set() else "NOT_SERVING"
+        if service in ("", SERVICE):
+            return "SERVING" if self.models.ready and not self._leaving.is_set() else "NOT_SERVING"
+        models = [model for model in self.models.all() if model.name == service]
+        if not models and not self.models.rests(service):  # one that rests answers: whoever asks it wakes it
+            return "SERVICE_UNKNOWN"
+        return "SERVING" if all(model.ready for model in models) and not self._leaving.is_set() else "NOT_SERVING"
 
     # --- inference ----------------------------------------------------------------------------------------------------
 
@@ -273,8 +275,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
 
 
 def _server_ready(models: Repository, asked: Any) -> dict[str, Any]:
-    all_of_them = list(models.all())
-    return {"ready": bool(all_of_them) and all(model.ready for model in all_of_them)}
+    return {"ready": models.ready}
 
 
 def _model_ready(models: Repository, asked: Any) -> dict[str, Any]:
@@ -415,10 +416,8 @@ class Lane:
 
     async def answer(self, body: bytes, headers: Mapping[str, str], remaining_s: float | None) -> tuple[bytes, ServedModel]:
         """A serialized ModelInferResponse and who made it. `remaining_s`: until the call's deadline. Raises RefusedError or UnknownModelError."""
-        begun = time.perf_counter()
         known, id_field, feeds = await self._decoded(body, headers)
         model, head = known.model, known.head
-        model.spent("decode", time.perf_counter() - begun)
         timeouts = [timeout_s for timeout_s in (head.timeout_s, remaining_s) if timeout_s is not None]
         outputs = await protocol.run(model, InferRequest(feeds, head.wanted, None, min(timeouts, default=None), head.priority), self._models)
         begun = time.perf_counter()
@@ -428,6 +427,7 @@ class Lane:
 
     async def _decoded(self, body: bytes, headers: Mapping[str, str]) -> tuple[Known, bytes, dict[str, NDArray[Any]]]:
         while True:
+            begun = time.perf_counter()
             try:
                 known, id_field, blobs = self._asked(body, headers)
             except RestingError as resting:
@@ -435,6 +435,7 @@ class Lane:
                 continue
             feeds = known.feeds(blobs) if len(body) < protocol.IN_THREAD_BYTES else await asyncio.to_thread(known.feeds, blobs)
             if not known.model.closed:  # else another version took its place while a thread decoded
+                known.model.spent("decode", time.perf_counter() - begun)
                 return known, id_field, feeds
 
     def _asked(self, body: bytes, headers: Mapping[str, str]) -> tuple[Known, bytes, Sequence[memoryview]]:

@@ -205,7 +205,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport: Any = transport  # uvloop's is none of asyncio's classes
         self._port.connections.add(self)
-        if len(self._port.connections) > self._bounds.connections or self._port.draining:
+        if len(self._port.connections) > self._bounds.connections:
             self._refuse(503, "too many connections", {"Retry-After": "1"})
 
     def connection_lost(self, error: Exception | None) -> None:

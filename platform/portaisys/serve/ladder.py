@@ -66,7 +66,11 @@ class Ladder:
             engine = self.engine
             outputs = engine.run(feeds)
             decision = self._watch(engine, feeds, outputs)
-            if decision is None or not self._step_up(engine, decision) or not decision.figures["odd"]:
+            if decision is None:
+                if engine is self.engine or not _odd_rows(outputs):
+                    return outputs
+                continue  # another batch beside this one said so first: ask who is in charge now
+            if not self._step_up(engine, decision) or not decision.figures["odd"]:
                 return outputs
 
     def pin(self, precision: str) -> None:
@@ -98,16 +102,19 @@ class Ladder:
             return None
         rows, odd = len(next(iter(outputs.values()))), _odd_rows(outputs)
         with self._lock:
+            if engine is not self.engine:
+                return None
+            window = self.window
             self._batches += 1
-            self.window.rows += rows
-            self.window.odd += odd
+            window.rows += rows
+            window.odd += odd
             sampled = bool(self.every) and self._batches % self.every == 0
         if sampled and not odd:
             wrong = differing(self._opened(self.rungs[-1]).run(feeds), outputs)
             with self._lock:
-                self.window.compared += rows
-                self.window.agreed += rows - wrong
-        return decide(self.window, self.bounds) if odd or sampled else None
+                window.compared += rows
+                window.agreed += rows - wrong
+        return decide(window, self.bounds) if odd or sampled else None
 
     def _step_up(self, engine: Engine, decision: Decision) -> bool:
         """Whether another engine is in charge now."""

@@ -170,7 +170,7 @@ async def _route(call: _Call, parts: Sequence[str], models: Repository) -> Respo
         case ["v2", "health", "live"]:
             return _get(call, {"live": True})
         case ["v2", "health", "ready"]:
-            return _ready(call, *models.all())
+            return _ready(call, models)
         case ["v2", "openapi.json"]:
             return _get(call, openapi(portaisys.__version__))
         case ["v2", "models", "stats"]:
@@ -229,9 +229,9 @@ def _post(call: _Call) -> dict[str, Any]:
     return _parse(memoryview(_inflate(call.headers.get("content-encoding", "identity"), call.body))) if call.body else {}
 
 
-def _ready(call: _Call, *models: ServedModel) -> Response:
+def _ready(call: _Call, whom: ServedModel | Repository) -> Response:
     reply = _get(call, {"ready": True})
-    if not models or not all(model.ready for model in models):
+    if not whom.ready:
         raise RefusedError(503, "not ready", {"Retry-After": "1"})
     return reply
 
@@ -243,7 +243,7 @@ def _index(call: _Call, models: Repository) -> Response:
 
 async def _change(call: _Call, models: Repository, name: str, action: str) -> Response:
     """Load NAME (parameter `reference`: which of its versions, "production" by default) or unload it (`version`: only this one)."""
-    await change(models, name, action, _parameters(_post(call)))
+    await models.whole(change(models, name, action, _parameters(_post(call))))
     return _json({})
 
 
@@ -255,7 +255,11 @@ async def change(models: Repository, name: str, action: str, parameters: Mapping
     if not re.fullmatch("[a-z0-9][a-z0-9_-]{0,62}", name):
         raise RefusedError(400, "a model's name is of small letters, digits, - and _, at most 63")
     if action == "unload":
-        await models.unload(name, _value(parameters, "version", str, None))
+        try:
+            await models.unload(name, _value(parameters, "version", str, None))
+        except UnknownModelError:
+            if not spread or name not in models.untold:  # else it is done here, and asked again for those that have not
+                raise
         if spread:
             await _spread(models, name, action, parameters)
         return

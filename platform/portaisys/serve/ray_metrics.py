@@ -86,7 +86,7 @@ class ReplyMetrics:
         for model in models:
             tags = {"model": model.name, "version": model.version}
             self._queued.set(model.batcher.queued, tags)
-            for reason, count in model.stats.rejected.items():
+            for reason, count in list(model.stats.rejected.items()):
                 self._since(self._rejected, {**tags, "reason": reason}, count)
             if model.recall is not None:
                 self._since(self._recalled, {**tags, "found": "yes"}, model.recall.hits)

@@ -14,9 +14,9 @@ import logging
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
@@ -30,6 +30,9 @@ from portaisys.spec import Storage, UserError
 logger = logging.getLogger(__name__)
 
 RETRY_S = 60.0  # between attempts at a version that could not be loaded
+BROKEN_S = 5.0  # between attempts at a model that left memory and does not come back
+
+Result = TypeVar("Result")
 
 
 class UnknownModelError(UserError):
@@ -44,7 +47,16 @@ class RestingError(UserError):
         self.name = name
 
 
-async def _nobody_else(name: str, action: str, parameters: Mapping[str, Any]) -> None:
+@dataclass(frozen=True)
+class Change:
+    """A load or unload that a client asked for. `when`: seconds since the epoch, by the clock of whoever was asked."""
+
+    when: float
+    action: str
+    parameters: dict[str, Any]
+
+
+async def _nobody_else(name: str, change: Change) -> None:
     """There are no others to tell."""
 
 
@@ -52,7 +64,8 @@ async def _nobody_else(name: str, action: str, parameters: Mapping[str, Any]) ->
 class Served:
     """The versions of one model: number -> model, or why it could not be loaded; `default` answers requests that name none.
 
-    `asked`: when it was asked last, by the repository's count; `resting`: it left memory; `memory_bytes`: what it took there.
+    `asked`: when it was asked last, by the repository's count; `resting`: it left memory; `memory_bytes`: what it took there; `rested`: the
+    versions that left; `broken_until`: monotonic, before which it is not tried to have it back.
     """
 
     reference: str = ""
@@ -65,6 +78,8 @@ class Served:
     asked: int = 0
     resting: bool = False
     memory_bytes: int = 0
+    rested: frozenset[str] = frozenset()
+    broken_until: float = 0.0
 
     @property
     def held_bytes(self) -> int:
@@ -77,8 +92,8 @@ class Repository:
     """Models by name. `opener`: a reference of one version -> the warm model; `expand`: a reference -> those of single versions, the default first.
 
     `traffic`: what the registry says of a name's canary and shadow. `generation` changes with every load and unload, for whoever
-    remembers what was here. `most_bytes`: what engines may take together. `spread`: tells other replicas of what was loaded or unloaded
-    by hand; `by_hand`: that, by name. `ports`: where else this repository is asked, for clients to read.
+    remembers what was here. `most_bytes`: what engines may take together. `tell_others`: tells other replicas of what was loaded or unloaded
+    by hand; `by_hand`: that, by name; `untold`: names of which not all know yet. `ports`: where else this repository is asked, for clients to read.
     """
 
     opener: Callable[[str], ServedModel]
@@ -87,11 +102,14 @@ class Repository:
     served: dict[str, Served] = field(default_factory=dict)
     generation: int = 0
     most_bytes: int | None = None
-    tell_others: Callable[[str, str, Mapping[str, Any]], Awaitable[None]] = _nobody_else
-    by_hand: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
+    tell_others: Callable[[str, Change], Awaitable[None]] = _nobody_else
+    by_hand: dict[str, list[Change]] = field(default_factory=dict)
+    untold: set[str] = field(default_factory=set)
     ports: dict[str, int] = field(default_factory=dict)
     rests_total: int = 0
     _asked: int = 0
+    _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    _waking: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _alone: dict[str, asyncio.Lock] = field(default_factory=dict)
 
     def pick(self, name: str, version: str | None = None, headers: Mapping[str, str] | None = None) -> ServedModel:
@@ -120,8 +138,13 @@ class Repository:
         return one.release.watched(one.models.get(one.release.traffic.shadow.version), model, feeds)
 
     def all(self) -> Iterator[ServedModel]:
-        """Every model and version."""
-        return (model for one in self.served.values() for model in one.models.values())
+        """Every model and version in memory. From any thread: models may come and go meanwhile."""
+        return (model for one in list(self.served.values()) for model in list(one.models.values()))
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a model, in memory or on its way back, and none in memory hangs."""
+        return any(one.models or one.resting for one in list(self.served.values())) and all(model.ready for model in self.all())
 
     def versions(self, name: str) -> list[str]:
         """Numbers of a model's versions here, oldest first."""
@@ -156,23 +179,55 @@ class Repository:
         """Whether the model left memory, and comes back when it is asked."""
         return name in self.served and self.served[name].resting
 
+    async def whole(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Await `work`, which goes on to its end when whoever asked for it leaves: half a load or unload helps nobody."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
     async def wake(self, name: str) -> None:
         """Have the model in memory again, if it is one that left. Raises UserError when it cannot be opened any more."""
-        if not self.rests(name):
-            return
+        while self.rests(name):  # it may have left again by the time we are told that it came
+            waking = self._waking.get(name)
+            if waking is None:
+                waking = self._waking[name] = asyncio.get_running_loop().create_task(self._wake(name))
+                waking.add_done_callback(lambda _: self._waking.pop(name, None))
+            await asyncio.shield(waking)
+
+    async def _wake(self, name: str) -> None:
         async with self._alone.setdefault(name, asyncio.Lock()):
-            if self.rests(name):  # nobody was faster
-                one = self.served[name]
-                await self._make_room(name, one.memory_bytes)
-                await self._become(
-                    name, one.reference, list(await asyncio.to_thread(self.expand, one.reference)), await self._traffic(name)
-                )
-                logger.info("%s: in memory again", name)
+            if not self.rests(name):
+                return
+            one = self.served[name]
+            if time.monotonic() < one.broken_until:  # else each request would send others to rest for nothing
+                raise UserError(f"{name}: could not be loaded a moment ago")
+            one.broken_until = time.monotonic() + BROKEN_S
+            wanted, traffic = list(await asyncio.to_thread(self.expand, one.reference)), await self._traffic(name)
+            known = (wanted, traffic) == one.tried
+            # With nothing new in the registry it is what it was: what was unloaded by hand stays out.
+            back = [reference for reference in wanted if reference.partition("@")[2] in one.rested] if known else wanted
+            await self._make_room(name, one.memory_bytes)
+            await self._become(name, one.reference, back or wanted, traffic)
+            one.tried, one.broken_until = (wanted, traffic), 0.0
+            logger.info("%s: in memory again", name)
 
     async def spread(self, name: str, action: str, parameters: Mapping[str, Any]) -> None:
         """Remember what was done by hand, and have it done wherever else these models are."""
-        self.by_hand[name] = action, dict(parameters)
-        await self.tell_others(name, action, parameters)
+        change = Change(time.time(), action, dict(parameters))
+        self.remember(name, change)
+        self.untold.add(name)
+        await self.tell_others(name, change)
+        self.untold.discard(name)
+
+    def remember(self, name: str, change: Change) -> bool:
+        """Keep what was done by hand, or is about to be; False for what is older than the last. Of one version's unloading the changes before it count on."""
+        kept = self.by_hand.get(name, [])
+        if kept and change.when <= kept[-1].when:
+            return False
+        partial = change.action == "unload" and change.parameters.get("version")
+        self.by_hand[name] = [*kept, change][-100:] if partial else [change]
+        return True
 
     async def refresh(self) -> None:
         """Follow the registry: what references name now, and their traffic. What fails is logged, and everything is as it was."""
@@ -253,8 +308,10 @@ class Repository:
     async def _rest(self, name: str) -> None:
         """Out of memory, and back when it is asked."""
         async with self._alone[name]:
-            one = self.served[name]
-            models, one.memory_bytes = list(one.models.values()), one.held_bytes
+            one = self.served.get(name)
+            if one is None or not one.models:
+                return
+            models, one.memory_bytes, one.rested = list(one.models.values()), one.held_bytes, frozenset(one.models)
             one.models, one.resting = {}, True
             self.generation += 1
             self.rests_total += 1
@@ -268,7 +325,10 @@ class Repository:
         async with self._alone.setdefault(name, asyncio.Lock()):
             self._known(name, version)  # somebody else may have been faster
             if self.rests(name):
-                del self.served[name]
+                one = self.served[name]
+                one.rested -= {version or ""}
+                if not version or not one.rested:
+                    del self.served[name]
                 return
             models = self.served[name].models
             await self._leave(name, [models[version]] if version else list(models.values()))
@@ -276,9 +336,12 @@ class Repository:
     def _known(self, name: str, version: str | None) -> None:
         if not self.rests(name):
             self.pick(name, version)
+        elif version and version not in self.served[name].rested:
+            raise UnknownModelError(f"unknown version of {name}; this server has {', '.join(sorted(self.served[name].rested, key=int))}")
 
     async def close(self) -> None:
-        """Unload everything."""
+        """Unload everything, once what is under way is done."""
+        await asyncio.gather(*self._tasks, *self._waking.values(), return_exceptions=True)
         for name in list(self.served):
             await self._leave(name, list(self.served[name].models.values()))
 

@@ -48,17 +48,18 @@ class LoadMeter:
     """A replica's load since it was asked last."""
 
     def __init__(self) -> None:
-        self._asked, self._engine_s = time.perf_counter(), 0.0
+        self._asked = time.perf_counter()
+        self._seen: dict[int, tuple[ServedModel, float]] = {}  # of each model, which is kept so that its id stays its own
 
     def read(self, models: Iterable[ServedModel]) -> float:
         """Batches that wait, and the share of the time that engines ran, over all models."""
         models = list(models)
-        now, engine_s = time.perf_counter(), sum(model.stats.engine_s / model.batcher.instances for model in models)
-        # A version that was unloaded took its seconds along; one batch that is longer than the interval still counts as one engine.
-        busy = min(float(len(models)), max(0.0, engine_s - self._engine_s) / max(now - self._asked, 1e-6))
+        now, seen = time.perf_counter(), {id(model): (model, model.stats.engine_s / model.batcher.instances) for model in models}
+        spent_s = sum(engine_s - self._seen.get(key, (None, 0.0))[1] for key, (_, engine_s) in seen.items())
+        busy = min(float(len(models)), spent_s / max(now - self._asked, 1e-6))
         if not busy and any(model.batcher.busy_s() for model in models):
-            busy = 1.0
-        self._asked, self._engine_s = now, engine_s
+            busy = 1.0  # one batch that is longer than the interval
+        self._asked, self._seen = now, seen
         return busy + sum(model.batcher.queued / model.batcher.max_batch for model in models)
 
 

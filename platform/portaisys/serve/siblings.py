@@ -8,47 +8,56 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
+from portaisys.serve.repository import Change
 from portaisys.spec import UserError
 
 logger = logging.getLogger("portaisys.serve")
 
 TOLD_S = 120.0  # until all have done it: loading may build an engine
+ASKED_S = 10.0  # until all have said what they did
 
-Change = tuple[str, dict[str, Any]]  # action, parameters
+Changes = dict[str, list[Change]]
 
 
 class Siblings:
-    """The replicas beside this one, by Ray's own handle. Made inside a replica."""
+    """The replicas beside this one, by Ray's own handle. Made inside a replica. `references`: of the application's arguments."""
 
-    def __init__(self) -> None:
+    def __init__(self, references: Sequence[str]) -> None:
         context = serve.get_replica_context()
-        self.mine = context.replica_id.unique_id
+        self.mine, self.references = context.replica_id.unique_id, list(references)
         self._handle = serve.get_deployment_handle(context.deployment, context.app_name)
 
-    async def tell(self, name: str, action: str, parameters: Mapping[str, Any]) -> None:
-        """Have them all do it. Raises UserError when not all did."""
-        answers = await asyncio.to_thread(self._broadcast, "changed", self.mine, name, action, dict(parameters))
-        failed = [answer for answer in answers if isinstance(answer, Exception) or answer]
+    async def tell(self, name: str, change: Change) -> None:
+        """Have them all do it. Raises UserError when not all did that are still there."""
+        answers = await asyncio.to_thread(self._broadcast, TOLD_S, "changed", self.mine, name, change)
+        failed = [answer for answer in answers if answer]
         if failed:
             raise UserError(f"{name}: done here, and not by {len(failed)} of {len(answers)} replicas ({failed[0]}); ask again")
 
-    async def changes(self) -> dict[str, Change]:
-        """What the others were told before this one came; nothing when there are none, or they do not answer."""
-        try:
-            answers = await asyncio.to_thread(self._broadcast, "changes", self.mine)
-        except UserError as problem:
-            logger.warning("what was loaded by hand is not known: %s", problem)
-            return {}
-        return {name: change for answer in answers if isinstance(answer, dict) for name, change in answer.items()}
+    async def changes(self) -> Changes:
+        """What the others were told before this one came, the latest of each name; nothing when there are none. Raises UserError when one does not say."""
+        latest: Changes = {}
+        for answer in await asyncio.to_thread(self._broadcast, ASKED_S, "changes", self.mine, self.references):
+            if isinstance(answer, Exception):
+                raise UserError(f"a replica does not say what was loaded by hand ({type(answer).__name__})")
+            for name, changes in answer.items():
+                if name not in latest or changes[-1].when > latest[name][-1].when:
+                    latest[name] = changes
+        return latest
 
-    def _broadcast(self, method: str, *arguments: Any) -> list[Any]:
+    def _broadcast(self, timeout_s: float, method: str, *arguments: Any) -> list[Any]:
+        """The answers of all replicas, those left out that have died. Raises UserError when they cannot be asked."""
         try:
-            return list(self._handle.broadcast(method, *arguments).results(timeout_s=TOLD_S))
-        except (RayError, RuntimeError, TimeoutError) as error:
+            answers = self._handle.broadcast(method, *arguments).results(timeout_s=timeout_s, return_exceptions=True)
+        except DeploymentUnavailableError:
+            return []  # there is nobody
+        except (RayError, RayServeException, RuntimeError, TimeoutError) as error:
             raise UserError(f"the other replicas cannot be asked ({type(error).__name__}); ask again") from error
+        return [answer for answer in answers if not isinstance(answer, ActorDiedError)]
