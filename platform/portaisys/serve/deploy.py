@@ -105,17 +105,9 @@ def _tell_unplaceable(client: Any, tree: Mapping[str, Any], path: Path, tell: Ca
         if application.get("import_path") == BUILDER:
             args = ServeArgs.model_validate(application["args"])
             need = {kind: each for kind, each in (("CPU", args.num_cpus), ("GPU", args.num_gpus)) if each}
-            where = f"{path}: applications.{index}.args.{'autoscale.min_replicas' if args.autoscale else 'num_replicas'}"
+            key, replicas = ("autoscale.min_replicas", args.autoscale.min_replicas) if args.autoscale else ("num_replicas", args.num_replicas)
             try:
-                cluster.refuse_unplaceable(
-                    where,
-                    "replicas",
-                    args.autoscale.min_replicas if args.autoscale else args.num_replicas,
-                    need,
-                    args.label_selector,
-                    found,
-                    {},
-                )
+                cluster.refuse_unplaceable(f"{path}: applications.{index}.args.{key}", "replicas", replicas, need, args.label_selector, found, {})
             except UserError as error:
                 tell(f"waiting for nodes: {error}")
 
