@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from portaisys.serve.batcher import Batcher, BatchRecord, ClosedError, EngineFailedError, QueueFullError, TooManySamplesError
+from portaisys.serve.batcher import Batcher, BatchRecord, ClosedError, EngineFailedError, QueueFullError, TooManySamplesError, _bucket
 
 
 @dataclass
@@ -232,6 +232,30 @@ def test_rows_of_different_shapes_never_share_a_batch() -> None:
         assert [(await task)["y"].shape for task in tasks] == [(1, 1), (1, 3), (1, 1)]
 
     assert play(scene).batches == [[0], [1, 3], [2]]  # those of one shape together, whoever came first leading
+
+
+def test_rows_of_like_length_share_a_batch_where_padding_is_allowed_and_others_do_not() -> None:
+    def of(value: float, length: int) -> dict[str, Any]:
+        return {"x": np.full((1, length), value, np.float32)}
+
+    fed: list[Any] = []
+
+    async def scene(engine: HeldEngine, batcher: Batcher) -> None:
+        run = batcher._run
+        batcher._run = lambda feeds: fed.append(feeds["x"].tolist()) or {"y": run(feeds)["y"][:, :1]}
+        first = await busy(engine, batcher)
+        tasks = await queue(batcher, of(1, 3), of(2, 40), of(3, 5), of(4, 33), of(5, 8))
+        engine.go.set()
+        await first
+        assert [answer(await task) for task in tasks] == [[2], [4], [6], [8], [10]]
+
+    assert play(scene, pads={"x": 7}).batches == [[0], [1, 3, 5], [2, 4]]
+    assert fed[1] == [[1] * 3 + [7] * 5, [3] * 5 + [7] * 3, [5] * 8] and fed[2] == [[2] * 40, [4] * 33 + [7] * 7]
+
+
+@given(length=st.integers(1, 100_000))
+def test_a_bucket_of_lengths_holds_the_length_and_never_half_as_much_again(length: int) -> None:
+    assert length <= _bucket(length) <= max(8, 1.5 * length) and _bucket(_bucket(length)) == _bucket(length)
 
 
 def test_a_lone_request_never_waits_for_company() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tritonclient.http import InferenceServerClient, InferInput
 
 from portaisys import launch, spec
 from portaisys.serve.core import Core, Listen
-from portaisys.serve.model import Limits
+from portaisys.serve.model import Limits, open_reference
 from portaisys.serve.repository import of_storage
 
 WORDS = {"sea": ["ship", "wave", "harbour", "sail", "tide"], "sky": ["cloud", "wing", "star", "wind", "moon"], "land": ["stone", "field", "road", "tree", "hill"]}
@@ -65,3 +66,22 @@ def test_the_version_serves_ids_of_any_length_and_says_how_text_becomes_them(run
         assert json.loads((kept.parent / "version.json").read_text())["dims"] == [["tokens", 1, 3, MOST]]
     finally:
         core.stop(drain_s=1)
+
+
+def test_requests_of_different_lengths_share_a_batch_and_get_the_answers_they_get_alone(run: Any) -> None:
+    options, _ = run
+    rng = np.random.default_rng(1)
+    rows = [rng.integers(1, 300, (1, length)) for length in rng.integers(1, MOST + 1, 32)]
+
+    async def ask() -> tuple[list[Any], list[Any], int]:
+        model = open_reference("words@production", options.storage, Limits())
+        alone = [(await model.infer({"x": row}))["logits"] for row in rows]
+        before = model.stats.batches
+        together = await asyncio.gather(*(model.infer({"x": row}) for row in rows))
+        await model.close()
+        return alone, [one["logits"] for one in together], model.stats.batches - before
+
+    alone, together, batches = asyncio.run(ask())
+    assert len({row.shape for row in rows}) > 8 and batches <= 8  # 32 rows of at most 8 a batch, in two buckets of length
+    np.testing.assert_allclose(np.concatenate(together), np.concatenate(alone), atol=0.02)
+    assert (np.concatenate(together).argmax(1) == np.concatenate(alone).argmax(1)).mean() > 0.9

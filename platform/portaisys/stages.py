@@ -28,6 +28,7 @@ from portaisys.compress.quantize import quantize
 from portaisys.compress.sparsify import keep_zeros, sparsify
 from portaisys.data import Split, Splits
 from portaisys.data.batches import cut, token_budget, waste
+from portaisys.data.texts import PAD_ID
 from portaisys.engine import BACKENDS, Tensor, choose, options_of, remembered, verify
 from portaisys.engine.cache import cache_of, get_or_build, load
 from portaisys.engine.torch import TorchEngine
@@ -358,6 +359,7 @@ def packed(job: Job, draft: Draft) -> None:
     }  # fmt: skip
     if job.splits.tokenizer:
         (draft.path / TOKENIZER).write_text(job.splits.tokenizer)  # how a client's text becomes the ids that the engine takes
+        about["pads"] = {INPUT: PAD_ID}
     (draft.path / "version.json").write_text(json.dumps(about, indent=1, sort_keys=True))
     served = next(row for row in verdict["rows"] if row["engine"] == verdict["admitted"][0])
     draft.scores.update({name: served[name] for name in ("parameters", "macs", "size_bytes", "accuracy")}, admitted=verdict["admitted"])

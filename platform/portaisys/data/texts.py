@@ -20,7 +20,7 @@ from portaisys import spec
 from portaisys.data.sources import Table, Tokens
 from portaisys.spec import UserError
 
-PAD = "[PAD]"  # id 0
+PAD, PAD_ID = "[PAD]", 0
 
 
 def text(options: spec.Text) -> Table:

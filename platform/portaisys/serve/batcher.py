@@ -3,20 +3,21 @@
 So the batch grows with the load by itself and no waiting time needs tuning: on a 50 ms engine at 200 requests/s this
 gives 196 answers/s at a p50 of 76 ms where `@serve.batch` collapses to 57 and 3.8 s.
 
-Counts samples, not requests. Rows of other shapes and other priorities wait in queues of their own. Knows neither HTTP nor
-Ray nor what the arrays mean; lives on one asyncio loop, and is called back there: a task a request would cost more than a request.
+Counts samples, not requests. Rows of other shapes and other priorities wait in queues of their own; where shorter rows may be padded,
+those of like length wait together and are padded to the longest of their batch. Knows neither HTTP nor Ray nor what the arrays mean; lives on one asyncio loop, and is called back there: a task a request would cost more than a request.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import math
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -103,6 +104,7 @@ class Batcher:
 
     max_batch: samples a run. max_queue: samples waiting, those in the engine not counted.
     max_delay_ms: how long two or more requests that fill no batch wait for company; a lone one never does.
+    pads: inputs whose rows may differ in their first dimension, and what fills them up; outputs must not have that dimension.
     observe: called on the loop after every run.
     """
 
@@ -116,6 +118,7 @@ class Batcher:
         instances: int = 1,
         observe: Callable[[BatchRecord], None] = lambda record: None,
         memory: Memory | None = None,
+        pads: Mapping[str, int] | None = None,
     ) -> None:
         self.max_batch = max_batch
         self.instances = instances
@@ -124,6 +127,7 @@ class Batcher:
         self._run = run
         self._observe = observe
         self._memory = memory
+        self._pads = pads or {}
         self._delay_s = max_delay_ms / 1e3
         self._queues: dict[tuple[int, RowShapes], deque[Piece]] = {}
         self._idle = instances
@@ -163,7 +167,8 @@ class Batcher:
         Raises QueueFullError, TooManySamplesError or ClosedError.
         """
         samples = len(next(iter(feeds.values())))
-        key = priority, shapes or tuple([array.shape[1:] for array in feeds.values()])
+        shapes = shapes or tuple([array.shape[1:] for array in feeds.values()])
+        key = priority, self._alike(feeds, shapes) if self._pads else shapes
         if self._memory is not None and self._closed is None:
             known, outputs = self._memory.find(feeds)
             if outputs is not None:
@@ -218,6 +223,10 @@ class Batcher:
             raise TooManySamplesError(f"{samples} samples in one request; at most {self.max_queue} can be queued, so split it")
         if self.queued + samples > self.max_queue:
             raise QueueFullError(max(1, math.ceil(self.queued / self.max_batch * self._last_engine_s / self.instances)))
+
+    def _alike(self, feeds: Arrays, shapes: RowShapes) -> RowShapes:
+        """What rows have in common that may share a batch."""
+        return tuple([(_bucket(shape[0]), *shape[1:]) if name in self._pads else shape for name, shape in zip(feeds, shapes, strict=True)])
 
     def _told(self, piece: Piece, outputs: Outputs) -> Piece:
         """A request that need not be run: answered on the next turn of the loop, so that `drop` holds for it as for any other."""
@@ -315,7 +324,7 @@ class Batcher:
             outputs, failure, begun = None, None, time.perf_counter()
             joined = begun
             try:
-                feeds = _joined(batch)
+                feeds = _joined(batch, self._pads)
                 joined = time.perf_counter()
                 outputs = self._run(feeds)
                 _check_rows(outputs, sum([piece.samples for piece in batch]))
@@ -329,14 +338,36 @@ class Batcher:
                 return
 
 
-def _joined(batch: list[Piece]) -> dict[str, NDArray[Any]]:
+@functools.lru_cache(maxsize=4096)
+def _bucket(length: int) -> int:
+    """8, 12, 16, 24, 32, 48, ...: what is longer than 8 is padded by a half at most."""
+    size = 8
+    while size < length:
+        size = size * 4 // 3 if size % 3 == 0 else size * 3 // 2
+    return size
+
+
+def _joined(batch: list[Piece], pads: Mapping[str, int]) -> dict[str, NDArray[Any]]:
     """The batch's inputs. Always copied, for one piece too: they are views into request bodies, at any alignment."""
     samples = sum([piece.samples for piece in batch])
     feeds = {}
     for name, first in batch[0].feeds.items():
+        if name in pads and len({piece.feeds[name].shape[1] for piece in batch}) > 1:
+            feeds[name] = _padded([piece.feeds[name] for piece in batch], samples, pads[name])
+            continue
         memory = bytearray().join([piece.feeds[name].data for piece in batch])  # 14 times as fast as np.concatenate for 64 small ones
         feeds[name] = np.frombuffer(memory, first.dtype).reshape((samples, *first.shape[1:]))
     return feeds
+
+
+def _padded(arrays: list[NDArray[Any]], samples: int, value: int) -> NDArray[Any]:
+    """[samples, longest, ...] of arrays [n, length, ...]."""
+    padded = np.full((samples, max([array.shape[1] for array in arrays]), *arrays[0].shape[2:]), value, arrays[0].dtype)
+    start = 0
+    for array in arrays:
+        padded[start : start + len(array), : array.shape[1]] = array
+        start += len(array)
+    return padded
 
 
 def _check_rows(outputs: Outputs, samples: int) -> None:

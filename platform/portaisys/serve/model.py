@@ -244,7 +244,7 @@ def open_version(
     recall = Recall(answers, lambda: f"{name}/{number} {found.digest} {ladder.engine.precision}") if answers else None
     batcher = Batcher(
         ladder.run, max_batch=max_batch, max_queue=limits.max_queue, max_delay_ms=limits.max_delay_ms, instances=_recalled(about, engine.precision, limits).slots,
-        observe=lambda record: _tell(observers, record), memory=recall,
+        observe=lambda record: _tell(observers, record), memory=recall, pads=_pads(engine, found, about),
     )  # fmt: skip
     lineage = _lineage(found, about, number, {**asdict(limits), **_serving(engine), "max_batch": max_batch, "fallbacks": fallbacks}) | dict(traced or {})
     sizes = {precision: found.file(f"{precision}.onnx").stat().st_size for precision in about["precisions"]}
@@ -349,6 +349,22 @@ def _problem(engine: Engine, found: artifact.Artifact, about: Mapping[str, Any])
     changed = round((1 - agreed) * len(scores))
     # One row in a hundred may be a tie that falls the other way on another CPU.
     return "" if changed <= max(1, len(scores) // 100) else f"{changed} of {len(scores)} decisions on the calibration rows differ from those that were judged"
+
+
+def _pads(engine: Engine, found: artifact.Artifact, about: Mapping[str, Any]) -> dict[str, int]:
+    """Inputs whose rows may be filled up to the longest of their batch, and with what: where a sample gets the same answer with its padding and without."""
+    pads: dict[str, int] = about.get("pads", {})
+    feeds, answers = _samples(found, "golden.npz", engine)
+    least = about.get("min_batch", 1)
+    for name, value in pads.items():
+        for row in range(min(8, len(feeds[name]))):
+            length = int((feeds[name][row] != value).nonzero()[0].max(initial=0)) + 1
+            alone = {other: array[[row]] for other, array in feeds.items()} | {name: feeds[name][[row], :length]}
+            expected = {output: array[[row]] for output, array in answers.items()}
+            if problem := verify.problem(engine, alone, batches=[least], expected=expected, tolerance=about["tolerance"]):
+                logger.warning("%s: rows of different lengths are not batched together, since padding changes answers: %s", about["name"], problem)
+                return {}
+    return pads
 
 
 def _sizes(about: Mapping[str, Any]) -> list[int]:
