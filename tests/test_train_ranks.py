@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from portaisys import checkpoint, data, distributed, spec
+from portaisys.distributed import Place
 from portaisys.spec import UserError
-from portaisys.train import Place, fit
+from portaisys.train import fit
 
 STEPS = 13  # of an epoch of digits, 797 rows
 

@@ -24,11 +24,11 @@ import yaml
 from portaisys import artifact, checkpoint, cluster, data, distributed, gate, metrics, models, report, spec, store
 from portaisys.artifact import Artifact
 from portaisys.data import Splits
+from portaisys.distributed import Place
 from portaisys.engine import TYPED, available, backend
 from portaisys.registry import Registry, Version, open_registry
 from portaisys.spec import Spec, UserError
 from portaisys.stages import NOTES, STAGES, WEIGHTS, Fit, Job, batches, carry_out, threads
-from portaisys.train import Place
 
 _log = logging.getLogger(__name__)
 

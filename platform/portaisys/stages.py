@@ -28,14 +28,17 @@ from portaisys.compress.quantize import quantize
 from portaisys.compress.sparsify import keep_zeros, sparsify
 from portaisys.data import Split, Splits
 from portaisys.data.batches import cut, token_budget, waste
+from portaisys.distributed import Place
 from portaisys.engine import BACKENDS, Tensor, choose, options_of, remembered, verify
 from portaisys.engine.cache import cache_of, get_or_build, load
 from portaisys.engine.torch import TorchEngine
 from portaisys.export import INPUT, OUTPUT, export
 from portaisys.judge import DENSE, Subject, judge, save_answers
 from portaisys.microbatch import find_micro_batch, least_of_ranks, memory_limit
+from portaisys.rows import shares_of, shuffled
 from portaisys.spec import Distill, Spec, Train, UserError
-from portaisys.train import Loss, Place, Report, fit, make_optimizer, score, shares_of, shuffled
+from portaisys.step import Loss, make_optimizer, score
+from portaisys.train import Report, fit
 
 WEIGHTS, NOTES, TOKENIZER = "model.safetensors", "notes.json", "tokenizer.json"
 
