@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,14 +23,14 @@ from portaisys.distributed import Place
 from portaisys.models import predictor
 from portaisys.precision import Ladder, autocast, first_overflow, products
 from portaisys.rows import Rows, Share
-from portaisys.spec import Train
+from portaisys.spec import Train, UserError
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Learner:
-    """What a step works on. `trained`: `model`, distributed or not."""
+    """What a step works on. `trained`: `model` as `arranged` has it."""
 
     model: nn.Module
     trained: nn.Module
@@ -49,11 +50,14 @@ def gradients(learner: Learner, shares: Sequence[Share], precision: str) -> Tens
     place, value = learner.place, torch.zeros((), device=learner.place.device)
     # torch fails when the exchange of a static graph pauses; exchanged each time, the sum is the same.
     pauses = place.world > 1 and not getattr(learner.trained, "static_graph", False)
-    with products(precision, place.device):
+    compiled = "compile" in learner.options.speed
+    with products(precision, place.device), _compiling() if compiled else nullcontext():
         for share in shares:
             x, y = (array.to(place.device, non_blocking=True) for array in (share.x, share.y))
             if x.ndim == 4 and "channels_last" in learner.options.speed:
                 x = x.to(memory_format=torch.channels_last)
+            if compiled:
+                _of_any_size(x)
             # Gradients are exchanged once a step, with the last micro-batch.
             with learner.trained.no_sync() if pauses and share is not shares[-1] else nullcontext():  # type: ignore[operator]
                 with autocast(precision, place.device):
@@ -149,6 +153,72 @@ def _chunks(rows: int, size: int) -> Iterator[Rows]:
         yield np.arange(start, min(start + size, rows), dtype=np.int64)
 
 
-def laid_out(model: nn.Module, options: Train) -> nn.Module:
-    """In the order of memory that the options ask for."""
-    return model.to(memory_format=torch.channels_last) if "channels_last" in options.speed else model  # type: ignore[call-overload]
+# --- what is trained ----------------------------------------------------------------------------------------------
+
+BACKEND = "inductor"
+
+
+def arranged(model: nn.Module, options: Train, place: Place) -> nn.Module:
+    """What is trained of `model`: in the order of memory that the options ask for, distributed, compiled or captured. The model itself keeps its tensors' names."""
+    trained = place.prepare(model.to(memory_format=torch.channels_last) if "channels_last" in options.speed else model)  # type: ignore[call-overload]
+    if "compile" in options.speed:
+        # Never specialised to what happened to come first, which a run that goes on would not see.
+        return torch.compile(trained, dynamic=False, backend=BACKEND)  # type: ignore[return-value]
+    return Captured(trained) if "cuda_graphs" in options.speed else trained
+
+
+def _of_any_size(x: Tensor) -> None:
+    """One compiled graph for all numbers of rows and, of texts, all lengths: batches differ by a row, and texts in every one."""
+    for dimension in (0,) if x.is_floating_point() else range(x.ndim):
+        torch._dynamo.maybe_mark_dynamic(x, dimension)
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"train.speed: compile does not work for this model here: {cause}; leave compile out, or take train.speed=auto") from error
+
+
+CAPTURES = 8
+
+
+class Captured(nn.Module):
+    """`model`, both passes of which are captured as a CUDA graph when a shape and an arithmetic are first seen in training, and replayed from then on.
+
+    Of CAPTURES kinds at most; what is of another kind runs as it is. A gradient is the graph's own memory: backward once between two
+    updates. `capture(model, x)` gives what replays; it is torch.cuda.make_graphed_callables (pytorch.org/docs/stable/notes/cuda.html).
+    """
+
+    def __init__(self, model: nn.Module, capture: Callable[[nn.Module, Tensor], Callable[[Tensor], Any]] | None = None) -> None:
+        super().__init__()
+        self.model, self._capture = model, capture or _captured
+        self._replays: dict[Any, Callable[[Tensor], Any]] = {}
+
+    def forward(self, x: Tensor) -> Any:
+        """The model's answer."""
+        if not (self.training and torch.is_grad_enabled()):
+            return self.model(x)
+        kind = (x.shape, x.dtype, x.stride(), _autocast_type(x), torch.backends.cuda.matmul.allow_tf32)
+        if kind not in self._replays and len(self._replays) < CAPTURES:
+            self._replays[kind] = self._capture(self.model, x)
+        return self._replays.get(kind, self.model)(x)
+
+
+def _autocast_type(x: Tensor) -> torch.dtype | None:
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+
+
+def _captured(model: nn.Module, x: Tensor) -> Callable[[Tensor], Any]:
+    """Capturing runs the model a few times: its running statistics are put back."""
+    buffers = [*model.buffers()]
+    kept = [buffer.clone() for buffer in buffers]
+    kind = x.device.type
+    # In a shell, since torch patches what it is given; without autocast's cache, which would hold weights of one step in the graph.
+    with torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
+        replay: Callable[[Tensor], Any] = torch.cuda.make_graphed_callables(nn.Sequential(model).train(), (x.clone(),), allow_unused_input=True)
+    for buffer, before in zip(buffers, kept, strict=True):
+        buffer.copy_(before)
+    return replay

@@ -26,11 +26,10 @@ from portaisys.checkpoint import Checkpoint, Writer
 from portaisys.data import Split
 from portaisys.distributed import Place
 from portaisys.precision import Ladder, islands, refuse_unsupported
-from portaisys.rows import Batches, Plan, Rows, mix, shares_of, shuffled
-from portaisys.rows import load as load_step
+from portaisys.rows import Batches, Loader, Plan, Rows, loading, mix, shares_of, shuffled
 from portaisys.spec import Train, UserError
-from portaisys.speed import Note, settled
-from portaisys.step import Learner, Loss, cross_entropy, diagnose, gradients, laid_out, make_optimizer, score, set_rate, update
+from portaisys.speed import Note, settle
+from portaisys.step import Learner, Loss, arranged, cross_entropy, diagnose, gradients, make_optimizer, score, set_rate, update
 
 Report = Callable[[dict[str, float], Path | None], None]
 
@@ -67,19 +66,19 @@ def fit(
     `report(metrics, checkpoint)` is called by every rank, equally often, after each epoch and each checkpoint; rank 0 alone has
     the validation split's metrics and the folder of a checkpoint whose writing has ended since. `audit(step, rows)` gets this
     rank's rows of each update, `note(text)` what was chosen and what did not go as asked.
-    Raises UserError for a foreign or damaged checkpoint, a disk that takes none, a batch larger than the data, a precision that the
-    device does not have, and numbers that stay not finite.
+    Raises UserError for a foreign or damaged checkpoint, a disk that takes none, a batch larger than the data, a precision or a means of speed
+    that the device does not have, rows that cannot be read, and numbers that stay not finite.
     """
     refuse_unsupported(options.precision, place.device)
     loss = loss or cross_entropy(options.label_smoothing)
     plan = Plan(batches or shuffled(len(train), options.batch_size, seed), options.epochs)
-    load = functools.partial(load_step, train, plan, functools.partial(shares_of, place=place, options=options, cut=cut), options, weigh, seed, place)
+    loader = Loader(train, plan, functools.partial(shares_of, place=place, options=options, cut=cut), weigh, options.augment, seed, place)
 
     model = prepare(model.to(place.device))
     left = checkpoint.newest(folder, key, about or {}, note)
     _refuse_different_starts(left, place)
-    options = options.model_copy(update=left.state["settled"]) if left else settled(model, options, loss, load, plan.total, place, note)
-    trained = place.prepare(laid_out(model, options))
+    options, loader = settle(model, options, loss, loader, place, left.state["settled"] if left else None, note)
+    trained = arranged(model, options, place)
     ladder = Ladder(options.precision, place.device, note)
     learner = Learner(model, trained, make_optimizer(model, options), ladder, loss, options, place)
     average = _copy(model) if options.ema_decay else {}
@@ -91,7 +90,7 @@ def fit(
     buffers = [*model.buffers()]
     kept = [buffer.clone() for buffer in buffers]
 
-    with Writer(folder, key, about or {}, left) as writer, islands(model, options.fp32_modules, place.device):
+    with Writer(folder, key, about or {}, left) as writer, islands(model, options.fp32_modules, place.device), loading(loader, options.speed) as load:
         clock, rows_done, losses, mean_loss = time.monotonic(), 0, list[Tensor](), math.nan
         ahead = load(start)
         for step in range(start, plan.total):
@@ -182,7 +181,7 @@ def tensors(learner: Learner, average: Mapping[str, Tensor]) -> dict[str, Tensor
 def _state(learner: Learner, plan: Plan, step: int, samples: int) -> dict[str, Any]:
     """Where the run stands, without regard to the number of ranks: `world` is told only. `settled`: what `auto` came to."""
     epoch, batch = plan.where(step)
-    settled = {"precision": learner.options.precision, "speed": list(learner.options.speed)}
+    settled = {"precision": learner.options.precision, "speed": list(learner.options.speed), "micro_batch": learner.options.micro_batch}
     return {"step": step, "epoch": epoch, "batch": batch, "samples": samples, "world": learner.place.world, "settled": settled, "ladder": learner.ladder.state()}
 
 
