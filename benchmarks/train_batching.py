@@ -32,7 +32,9 @@ from portaisys import data, evaluate, models, spec
 from portaisys.data import Split, Splits
 from portaisys.data.batches import Batch, Cut, cut, token_budget, waste
 from portaisys.engine.cpu import device
-from portaisys.train import fit, make_optimizer, shuffled
+from portaisys.rows import shuffled
+from portaisys.step import make_optimizer
+from portaisys.train import fit
 
 TOKENS = 4096  # a batch, padded
 MODEL = spec.TextTransformer(name="text_transformer", dim=64, depth=2, heads=4)

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from portaisys import checkpoint, data, models, spec
+from portaisys.distributed import Place
+from portaisys.rows import shares_of, shift
 from portaisys.spec import UserError
-from portaisys.train import Place, cosine, fit, score, shares_of, shift
+from portaisys.step import cosine, score
+from portaisys.train import fit
 
 MODEL = spec.ConvNet(channels=(8, 16), blocks=(1, 1))
 

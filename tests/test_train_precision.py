@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from portaisys import data, models, spec
-from portaisys.precision import LIMIT, Ladder, choose, islands, supported
+from portaisys.precision import LIMIT, Ladder, islands, supported
 from portaisys.spec import UserError
+from portaisys.speed import choose
 from portaisys.train import fit
 
 
@@ -239,18 +240,19 @@ def test_auto_says_what_it_took_and_a_resumed_run_keeps_to_it(digits, tmp_path):
 
     with pytest.raises(InterruptedError):
         fit(model, digits.train, options, folder=tmp_path, key="k", note=notes.append, report=stop)
-    assert len(notes) == 3 and notes[0].startswith("train.precision: auto took ") and all("ms" in note for note in notes)
-    assert notes[1].startswith("train.speed: auto took ") and "of plain " in notes[1] and "channels_last" in notes[2]
+    assert notes[0].startswith("train.precision: auto took ") and all("ms" in note for note in notes[:5])
+    assert notes[1].startswith("train.speed: auto took ") and "of plain " in notes[1] and "channels_last" in notes[2] and "resident" in notes[3] and "prefetch" in notes[4]
+    assert notes[5].startswith("train.speed: compile is not tried: 13 steps take ") and notes[6:] == ["train.speed: cuda_graphs is not tried: there are none on a CPU"]
     assert any(not torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
     fit(model, digits.train, options, folder=tmp_path, key="k", note=notes.append)
-    assert len(notes) == 3
+    assert len(notes) == 7
 
 
 @pytest.mark.parametrize("figures,best", [({"a": (4, 1), "b": (2, 1), "c": (1, 9)}, "b"), ({"a": (1, 1), "b": (4, 1)}, "a"), ({"a": (4, 1), "b": (1, float("nan"))}, "a")])
 def test_the_fastest_is_taken_whose_loss_agrees(monkeypatch, figures, best):
     """`figures`: name -> seconds of a step, on a clock that steps move on, and loss."""
     clock = [0.0]
-    monkeypatch.setattr("portaisys.precision.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("portaisys.speed.time.perf_counter", lambda: clock[0])
 
     def trial(name):
         def step():
@@ -265,7 +267,7 @@ def test_the_fastest_is_taken_whose_loss_agrees(monkeypatch, figures, best):
 
 def test_what_is_hopeless_in_the_first_round_is_not_asked_again(monkeypatch):
     clock, asked = [0.0], {"a": 0, "b": 0, "c": 0}
-    monkeypatch.setattr("portaisys.precision.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("portaisys.speed.time.perf_counter", lambda: clock[0])
 
     def trial(name):
         def step():
@@ -276,12 +278,13 @@ def test_what_is_hopeless_in_the_first_round_is_not_asked_again(monkeypatch):
         return step
 
     choice = choose(["a", "b", "c"], trial, lambda tensor: tensor)
-    assert choice.name == "c" and asked == {"a": 9, "b": 2, "c": 9} and choice.because == "c of a 1000.0 ms, b 3500.0 ms, c 500.0 ms a step"
+    assert choice.name == "c" and asked == {"a": 9, "b": 2, "c": 9}
+    assert choice.because == "c of a 1000.0 ms, b 3500.0 ms, c 500.0 ms (gains 100.0%, at least 100.0%) a step, in 8 rounds"
 
 
 def test_a_gain_that_is_not_there_in_nearly_every_round_is_none(monkeypatch):
     clock, turns = [0.0], {"a": 0, "b": 0}
-    monkeypatch.setattr("portaisys.precision.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("portaisys.speed.time.perf_counter", lambda: clock[0])
 
     def trial(name):
         def step():

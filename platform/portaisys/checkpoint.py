@@ -50,6 +50,12 @@ def steps(folder: Path) -> int:
     return max((step for slot in SLOTS if (step := _step(folder / slot)) is not None), default=0)
 
 
+def state(folder: Path) -> Mapping[str, Any]:
+    """What the newest checkpoint's manifest says, empty when there is none that can be read. Files are not looked at."""
+    slots = [slot for slot in _by_age(folder) if _step(slot) is not None]
+    return artifact.read(slots[0]).scores if slots else {}
+
+
 def newest(folder: Path, key: str, fields: Mapping[str, Any], note: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint, None when there is none. A damaged one is passed over for the one before it, and `note` told.
 

@@ -5,6 +5,8 @@ Torch only; who started the processes (Ray, torchrun, a test) is not known here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +15,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from portaisys.spec import Ddp, UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands. `prepare` makes the model a distributed one (DDP), or leaves it."""
+
+    rank: int = 0
+    world: int = 1
+    device: str = "cpu"
+    prepare: Callable[[nn.Module], nn.Module] = lambda model: model
 
 
 def ddp(model: nn.Module, options: Ddp) -> nn.Module:

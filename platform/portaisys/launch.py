@@ -24,11 +24,11 @@ import yaml
 from portaisys import artifact, checkpoint, cluster, data, distributed, gate, metrics, models, report, spec, store
 from portaisys.artifact import Artifact
 from portaisys.data import Splits
+from portaisys.distributed import Place
 from portaisys.engine import TYPED, available, backend
 from portaisys.registry import Registry, Version, open_registry
 from portaisys.spec import Spec, UserError
 from portaisys.stages import NOTES, STAGES, WEIGHTS, Fit, Job, batches, carry_out, threads
-from portaisys.train import Place
 
 _log = logging.getLogger(__name__)
 
@@ -314,6 +314,8 @@ def _sections(options: Spec, stage: Stage) -> dict[str, Any]:
     found = {name: tree[name] for name in stage.sections}
     if "train" in found:
         found["train"] = {name: value for name, value in found["train"].items() if name not in _NOT_IN_KEYS}
+        if options.train.speed != "auto":  # means that change no bit may come and go
+            found["train"]["speed"] = [] if options.train.speed == "exact" else [means for means in options.train.speed if means not in spec.EXACT]
         if options.train.ddp.sync_batchnorm:  # of how gradients are exchanged this alone changes what is learnt
             found["train"]["sync_batchnorm"] = True
     if "model" in found:

@@ -1,4 +1,4 @@
-"""What arithmetic a training step is computed in, who chooses it, and what is done when its numbers are not finite.
+"""What arithmetic a training step is computed in, and what is done when its numbers are not finite.
 
     fp16: skip the update, halve the scale, same step again     while the forward pass is finite and the scale above 1
     any but fp32: same step again in fp32                        the third time within 100 steps the rest falls back (fp16: bf16, else fp32)
@@ -12,10 +12,8 @@ from __future__ import annotations
 import difflib
 import functools
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -208,47 +206,3 @@ def first_overflow(model: nn.Module, forward: Callable[[], object]) -> str:
         for handle in handles:
             handle.remove()
     return seen[0] if seen else ""
-
-
-# --- the choice ---------------------------------------------------------------------------------------------------
-
-ROUNDS = 8
-AGREES = 0.05  # of the loss: what 8 steps in bf16 differ by is below a hundredth
-HOPELESS = 3.0  # times as long as the first: bf16 without units for it takes ten
-
-
-@dataclass(frozen=True)
-class Choice:
-    """`ms`: median of a step by name."""
-
-    name: str
-    because: str
-    ms: Mapping[str, float]
-
-
-def choose(names: Sequence[str], trial: Callable[[str], Callable[[], float]], share: Callable[[Tensor], Tensor]) -> Choice:
-    """The fastest of `names` whose losses agree with the first one's, measured in rounds that take turns, after one to warm up.
-
-    `trial(name)` gives a function that trains a copy of the model for one step and returns the loss. `share` sums over ranks, so that
-    all choose alike. Another than the first is taken only when it is faster in all rounds but one at most: by the sign test that would
-    happen by chance in 9 of 256 cases. One that is hopeless in the first round is not asked again.
-    """
-    steps = {name: trial(name) for name in names}
-    seconds, losses = torch.full((2, ROUNDS + 1, len(names)), math.nan, dtype=torch.float64)
-    for turn in range(ROUNDS + 1):
-        for column, name in enumerate(names):
-            if name in steps:
-                started = time.perf_counter()
-                losses[turn, column] = steps[name]()
-                seconds[turn, column] = time.perf_counter() - started
-        if turn == 1:
-            slow = share(seconds[1].clone())
-            steps = {name: step for column, (name, step) in enumerate(zip(names, steps.values(), strict=True)) if slow[column] <= HOPELESS * slow[0]}
-    seconds, losses = share(seconds)[1:], share(losses)
-    # Where nothing was measured is NaN, which is neither near nor fast.
-    agree = ((losses - losses[:, :1]).abs() <= AGREES * losses[:, :1].abs()).all(0)
-    pays = (seconds < seconds[:, :1]).sum(0) >= ROUNDS - 1
-    ms = {name: float(seconds[:, column].nanmedian()) * 1e3 for column, name in enumerate(names)}
-    best = min((name for column, name in enumerate(names) if column == 0 or (agree[column] and pays[column])), key=lambda name: ms[name])
-    told = (f"{name} {ms[name]:.1f} ms{'' if column == 0 or name not in steps or agree[column] else ' with another loss'}" for column, name in enumerate(names))
-    return Choice(best, f"{best} of {', '.join(told)} a step", ms)

@@ -17,9 +17,10 @@ from torch import nn
 
 from portaisys import data, distributed
 from portaisys.data import Splits
+from portaisys.distributed import Place
+from portaisys.rows import Batches, Plan, shares_of, shuffled
 from portaisys.spec import Spec, Train, UserError
 from portaisys.stages import batches, fresh
-from portaisys.train import Batches, Place, Plan, shares_of, shuffled
 
 TRIED_ROWS = 256  # a worker's rows that are computed here at most; memory is reckoned up from them
 

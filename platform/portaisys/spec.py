@@ -195,9 +195,12 @@ Model = Annotated[ConvNet | Transformer | TextTransformer | ModelFactory, Field(
 # --- train --------------------------------------------------------------------------------------------------------
 
 
-# Means to make a step faster that change what it rounds to, not what it computes: the optimizer in one kernel; pictures with channels innermost.
-Speed = Literal["fused", "channels_last"]
+# Means to make a step faster: the optimizer in one kernel; pictures with channels innermost; the training rows on the device, when a quarter of its
+# memory holds them; the next batches made in a thread; torch.compile; both passes captured once and replayed, on one GPU.
+Speed = Literal["fused", "channels_last", "resident", "prefetch", "compile", "cuda_graphs"]
 SPEED: tuple[Speed, ...] = typing.get_args(Speed)
+# They change no bit of what is learnt; the others change what a step rounds to.
+EXACT: tuple[Speed, ...] = ("resident", "prefetch")
 
 
 class Ddp(Section):
@@ -219,7 +222,7 @@ class Train(Section):
     `micro_batch`: rows that one worker computes at once, `auto` the most that fit its memory; with it the accumulation follows from the
     number of workers, which may change between restarts. `tokens_per_batch`: of texts, in place of `batch_size` and `micro_batch`: groups of
     rows of like length, as many as hold this many tokens with their padding, over all workers. `fp32_modules`: names of modules, or prefixes of them, that stay in fp32 whatever `precision` says.
-    `precision` and `speed` as `auto` are measured on a few steps, and what pays is kept.
+    `precision` and `speed` as `auto` are measured on a few steps, and what pays is kept; `speed: exact` tries only what changes no bit, in runs of 1,000 steps or more.
     """
 
     epochs: int = Field(20, ge=1)
@@ -229,7 +232,7 @@ class Train(Section):
     accumulate_steps: int = Field(1, ge=1)
     precision: Literal["fp32", "tf32", "bf16", "fp16", "auto"] = "fp32"
     fp32_modules: tuple[str, ...] = ()
-    speed: tuple[Speed, ...] | Literal["auto"] = ()
+    speed: tuple[Speed, ...] | Literal["auto", "exact"] = ()
     ddp: Ddp = Ddp()
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = Field(0.1, gt=0)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from portaisys import artifact, data, evaluate, models, spec
+from portaisys import artifact, checkpoint, data, evaluate, models, spec
 from portaisys.artifact import Artifact, Draft, write_arrays
 from portaisys.compress.cast import with_islands
 from portaisys.compress.distill import distillation
@@ -29,14 +29,17 @@ from portaisys.compress.sparsify import keep_zeros, sparsify
 from portaisys.data import Split, Splits
 from portaisys.data.batches import cut, token_budget, waste
 from portaisys.data.texts import PAD_ID
+from portaisys.distributed import Place
 from portaisys.engine import BACKENDS, Tensor, choose, options_of, remembered, verify
 from portaisys.engine.cache import cache_of, get_or_build, load
 from portaisys.engine.torch import TorchEngine
 from portaisys.export import INPUT, OUTPUT, export
 from portaisys.judge import DENSE, Subject, judge, save_answers
 from portaisys.microbatch import find_micro_batch, least_of_ranks, memory_limit
+from portaisys.rows import shares_of, shuffled
 from portaisys.spec import Distill, Spec, Train, UserError
-from portaisys.train import Loss, Place, Report, fit, make_optimizer, score, shares_of, shuffled
+from portaisys.step import Loss, make_optimizer, score
+from portaisys.train import Report, fit
 
 WEIGHTS, NOTES, TOKENIZER = "model.safetensors", "notes.json", "tokenizer.json"
 
@@ -104,7 +107,7 @@ def carry_out(job: Fit, place: Place, report: Report) -> None:
     splits = data.load(options.data)
     model, loss, train = FITS[job.kind](job, options, splits, place.device)
     notes: list[str] = []
-    train = _with_micro_batch(options, splits, train, place, partial(_note, notes))
+    train = _with_micro_batch(options, splits, train, place, checkpoint.state(Path(job.work)), partial(_note, notes))
     model = fit(
         model, splits.train, train, folder=Path(job.work), key=job.key, about=job.about, seed=options.seed, validation=splits.validation,
         loss=loss, **batches(train, splits.train, options.seed), report=report, note=partial(_note, notes), place=place,
@@ -123,10 +126,15 @@ def batches(options: Train, rows: Split, seed: int) -> dict[str, Any]:
     return {"batches": token_budget(rows.lengths, options.tokens_per_batch, seed), "cut": cut(rows.lengths, options.tokens_per_batch)}
 
 
-def _with_micro_batch(options: Spec, splits: Splits, train: Train, place: Place, note: Callable[[str], None]) -> Train:
-    """`train.micro_batch: auto` made a number, the same on every rank."""
+def _with_micro_batch(options: Spec, splits: Splits, train: Train, place: Place, left: Mapping[str, Any], note: Callable[[str], None]) -> Train:
+    """`train.micro_batch: auto` made a number, the same on every rank: found once, and again where a run goes on (`left`: from what) with other workers."""
     if train.micro_batch != "auto":
         return train
+    before = left.get("settled", {}).get("micro_batch") or 0
+    if least_of_ranks(before if left.get("world") == place.world else 0, place.device):
+        return train.model_copy(update={"micro_batch": before})
+    if before:
+        note(f"train.micro_batch: auto was {before} rows with {left.get('world')} workers; there are {place.world} now, so it is searched again")
     most = -(-train.batch_size // place.world)
     # Every rank may stand on this machine; a card is one rank's alone.
     limit = memory_limit(1 if place.device.startswith("cuda") else place.world, place.device)

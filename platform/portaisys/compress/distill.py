@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from portaisys.spec import Distill
-from portaisys.train import Loss
+from portaisys.step import Loss
 
 
 def distillation(teacher: nn.Module, options: Distill) -> Loss:

@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import importlib
 import struct
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -167,8 +168,11 @@ def factory(options: spec.DataFactory) -> Table:
     labels = tuple(str(label) for label in getattr(dataset, "classes", range(int(y.max()) + 1)))
     _check_labels(y, len(labels), "data.factory")
 
+    alone = threading.Lock()  # a Dataset may hold an open file, and rows be loaded in a thread while others are scored
+
     def rows(indices: NDArray[np.int64]) -> NDArray[np.float32]:
-        return np.stack([_item(dataset, int(index), options.factory)[0] for index in indices]) if len(indices) else np.empty((0, *shape), np.float32)
+        with alone:
+            return np.stack([_item(dataset, int(index), options.factory)[0] for index in indices]) if len(indices) else np.empty((0, *shape), np.float32)
 
     return Table(rows, y, labels, shape, hashlib.sha256(f"{digest}{shape}{labels}".encode()).hexdigest())
 
