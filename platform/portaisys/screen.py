@@ -60,7 +60,7 @@ def closing_table(outcome: Any) -> None:
     elif cached:
         console.print(f"Engines from the cache: {', '.join(cached)}", soft_wrap=True)
     places = Table(box=None, show_header=False)
-    for name, place in (("version", outcome.version), ("report", outcome.report), ("artifacts", outcome.folder)):
+    for name, place in (("version", outcome.version), ("report", outcome.report), ("artifacts", outcome.folder), *outcome.left.items()):
         places.add_row(f"[bold]{name}", str(place))
     console.print(places)
 
@@ -76,11 +76,12 @@ def candidates_table(rows: Sequence[Mapping[str, Any]], best: str) -> Table:
     return table
 
 
-def stage_table(made: Any) -> None:
-    """What one stage left, and where."""
+def stage_table(made: Any, left: Mapping[str, Any]) -> None:
+    """What one stage left, and where; `left`: files beside its artifact."""
     places = Table(box=None, show_header=False)
     scores = ", ".join(f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}" for name, value in made.scores.items())
-    for name, value in (("stage", made.kind), ("scores", scores), ("digest", made.digest[:12]), ("artifact", made.path)):
+    notes = ((f"note {number}" if number > 1 else "note", note) for number, note in enumerate(made.notes, 1))
+    for name, value in (("stage", made.kind), ("scores", scores), *notes, ("digest", made.digest[:12]), ("artifact", made.path), *left.items()):
         places.add_row(f"[bold]{name}", str(value))
     console.print(places)
 
