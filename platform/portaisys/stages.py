@@ -105,8 +105,8 @@ def carry_out(job: Fit, place: Place, report: Report, between: Callable[[Row], N
     splits = data.load(options.data)
     notes: list[str] = []
     note = partial(_note, notes)
-    with determined(options.train.determinism, note):
-        model, loss, train = FITS[job.kind](job, options, splits, place.device)
+    model, loss, train = FITS[job.kind](job, options, splits, place.device)
+    with determined(train.determinism, note):  # not around a model's first try on the CPU, which says nothing of the device
         train = _with_micro_batch(options, splits, train, place, note)
         with traced(trace_file(job.log), train.profile_steps if place.rank == 0 else 0, note) as stepped:
             model = fit(
