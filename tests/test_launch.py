@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from test_report import CHROMIUM, measured, screenshot
 
-from portaisys import artifact, launch, spec
+from portaisys import artifact, launch, metrics, spec
 from portaisys.cli import main
 from portaisys.registry import fetch, open_registry
 from portaisys.spec import UserError
@@ -114,6 +114,20 @@ def test_a_second_run_only_reads(finished):
     assert again.reused == tuple(outcome.artifacts)
     assert again.version == outcome.version
     assert [entry.event for entry in open_registry(short(folder).storage).ledger()].count("look") == 1
+
+
+def test_the_curves_of_the_trainings_are_in_mlflow_once_as_they_are_in_the_step_logs(finished):
+    folder, outcome = finished
+    client = open_registry(short(folder).storage).client
+    launch.run(short(folder), quiet)  # it only reads, and adds nothing
+    experiment = client.get_experiment_by_name("digits").experiment_id
+    assert [run.info.run_id for run in client.search_runs([experiment])] == [outcome.version.run_id]
+    for stage in ("train", "distill-2"):
+        rows = metrics.read(launch.left_by(outcome.artifacts[stage])["log"])
+        for column in ("loss", "validation_accuracy", "samples_per_s", "checkpoint_s"):
+            history = client.get_metric_history(outcome.version.run_id, f"{stage}/{column}")
+            kept = [(row["step"], row[column]) for row in rows if column in row]
+            assert sorted((point.step, point.value) for point in history) == kept and len(kept) > 3
 
 
 def test_a_changed_option_runs_only_what_depends_on_it(finished):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import urllib.request
 from pathlib import Path
 
 import psutil
 import pytest
 
-from portaisys import cluster, launch, spec
+from portaisys import cluster, launch, metrics, spec
 from portaisys.spec import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -67,8 +69,10 @@ def test_several_nodes_need_shared_storage_and_a_registry_server(tmp_path, monke
 
 @pytest.fixture(scope="module")
 def ray_cluster():
-    with cluster.on_ray(2):
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "500")  # at Ray's 10 s these trainings end before they are heard of
+        with cluster.on_ray(2):
+            yield
 
 
 def test_a_run_whose_worker_was_killed_ends_as_an_undisturbed_one(ray_cluster, tmp_path):
@@ -80,6 +84,42 @@ def test_a_run_whose_worker_was_killed_ends_as_an_undisturbed_one(ray_cluster, t
     assert cut.artifacts["export-dense"].digest == whole.artifacts["export-dense"].digest
     # With nothing to compress the dense engine is what is published.
     assert cut.artifacts["version"].scores["admitted"] == ["dense fp32"]
+
+
+class Scrape:
+    """A `Tell` that reads what Prometheus would, each time a row is shown."""
+
+    def __init__(self):
+        self.pages = []
+
+    def __call__(self, stage, text="", fraction=None, state="running"):
+        if stage == "train" and fraction and state == "running":
+            import ray
+
+            (node,) = ray.nodes()
+            with urllib.request.urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics") as answer:
+                self.pages.append(answer.read().decode())
+
+    def series(self):
+        """Name -> values seen, of the training's metrics; all of one run and stage."""
+        found = {}
+        for page in self.pages:
+            for name, tags, value in re.findall(r"^(?:ray_)?portaisys_train_(\w+){(.*?)} (\S+)$", page, re.MULTILINE):
+                assert 'run="digits"' in tags and 'stage="train"' in tags
+                found.setdefault(name, []).append(float(value))
+        return found
+
+
+def test_prometheus_reads_of_a_training_what_its_step_log_says(ray_cluster, tmp_path):
+    scrape = Scrape()
+    made = launch.train(short(tmp_path, "train.epochs=30"), scrape)
+    rows = metrics.read(launch.left_by(made)["log"])
+    assert rows[-1]["samples"] == rows[-1]["attempt_samples"] == 30 * 797 and any("eta_s" in row for row in rows)
+    found = scrape.series()
+    for name, column in (("samples_total", "attempt_samples"), ("steps_total", "attempt_steps"), ("loss", "loss"), ("samples_per_s", "samples_per_s"), ("checkpoint_s", "checkpoint_s")):
+        assert {*found[name]} <= {row[column] for row in rows if column in row}, name
+    assert found["samples_total"] == sorted(found["samples_total"]) and found["samples_total"][-1] > 797
+    assert {*found["precision_fallbacks"]} == {*found["steps_skipped"]} == {0.0} and "mfu" not in found
 
 
 def test_a_users_error_in_a_worker_reaches_the_user(ray_cluster, tmp_path):

@@ -125,6 +125,14 @@ def test_a_run_keeps_its_parameters_and_its_finite_scores(local):
     assert run.data.tags.items() >= {"digest.train": "ab", "kind": "train"}.items()
 
 
+def test_curves_longer_than_a_call_takes_are_kept_point_by_point(local):
+    curve = [(step, 1 / step) for step in range(1, 2502)]
+    run_id = local.log_run("demo", {}, {}, {"accuracy": 0.9}, {}, {"train/loss": curve, "distill-2/loss": [(1, float("nan")), (2, 0.5)]})
+    history = {name: sorted((point.step, point.value) for point in local.client.get_metric_history(run_id, name)) for name in ("train/loss", "distill-2/loss")}
+    assert history == {"train/loss": curve, "distill-2/loss": [(2, 0.5)]}
+    assert local.client.get_run(run_id).data.metrics == {"accuracy": 0.9, "train/loss": 1 / 2501, "distill-2/loss": 0.5}
+
+
 # --- versions -----------------------------------------------------------------------------------------------------
 
 

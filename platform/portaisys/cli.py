@@ -237,7 +237,7 @@ def train(options: argparse.Namespace) -> None:
         return
     with Screen() as tell:
         made = launch.train(resolved, tell, resume=options.resume)
-    stage_table(made)
+    stage_table(made, launch.left_by(made))
 
 
 def _settled(resolved: spec.Spec) -> spec.Spec:

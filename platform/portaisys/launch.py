@@ -26,9 +26,10 @@ from portaisys.artifact import Artifact
 from portaisys.data import Splits
 from portaisys.distributed import Place
 from portaisys.engine import TYPED, available, backend
+from portaisys.progress import Row, line
 from portaisys.registry import Registry, Version, open_registry
 from portaisys.spec import Spec, UserError
-from portaisys.stages import NOTES, STAGES, WEIGHTS, Fit, Job, batches, carry_out, threads
+from portaisys.stages import FITS, NOTES, STAGES, WEIGHTS, Fit, Job, batches, carry_out, threads, trace_file
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +60,11 @@ class Outcome:
     reused: tuple[str, ...]
     version: Version
     report: Path
+
+    @property
+    def left(self) -> dict[str, Path]:
+        """Step logs and traces of the trainings, by stage and what they are."""
+        return {f"{stage} {what}": file for stage, made in self.artifacts.items() for what, file in left_by(made).items()}
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -133,8 +139,8 @@ def run(options: Spec, tell: Tell, *, promote: bool = True, resume: bool = False
             artifacts[stage.name], was_there = _one(options, stage, artifacts, splits, registry, folder, tell)
             reused += [stage.name] if was_there else []
         tell("publish", "writing version and report")
-        version = _publish(options, artifacts, splits, registry, promote)
         logs = {name: metrics.read(_log_file(folder, name, made.key)) for name, made in artifacts.items()}
+        version = _publish(options, artifacts, splits, registry, promote, _curves(logs))
         page = report.write(folder / "report.html", options, artifacts, logs, str(version))
         tell("publish", f"{version} is {', '.join(version.aliases) or 'published'}", 1.0, "done")
     return Outcome(folder, artifacts, tuple(reused), version, page)
@@ -270,7 +276,8 @@ def _one(
     found = artifact.find(place, key)
     if found:
         _finish(options, found, uri, work)
-        tell(stage.name, "finished before", 1.0, "reused")
+        untraced = options.train.profile_steps and stage.kind in FITS and "trace" not in left_by(found)
+        tell(stage.name, "finished before" + (", so train.profile_steps has nothing to trace" if untraced else ""), 1.0, "reused")
         return found, True
     fit = Fit(
         spec.dump(options), stage.kind, stage.options, {role: str(parent.path) for role, parent in parents.items()}, key, about,
@@ -305,7 +312,7 @@ def _finish(options: Spec, made: Artifact, uri: str, work: Path) -> None:
 
 
 # They change how a run is watched over and shared among workers, not which rows a step takes: a run may go on with others.
-_NOT_IN_KEYS = {"max_failures", "checkpoint_every_steps", "label_selector", "num_workers", "micro_batch", "ddp"}
+_NOT_IN_KEYS = {"max_failures", "checkpoint_every_steps", "label_selector", "num_workers", "micro_batch", "ddp", "profile_steps"}
 
 
 def _sections(options: Spec, stage: Stage) -> dict[str, Any]:
@@ -323,7 +330,25 @@ def _sections(options: Spec, stage: Stage) -> dict[str, Any]:
     return found
 
 
-def _publish(options: Spec, artifacts: Mapping[str, Artifact], splits: Splits, registry: Registry, promote: bool) -> Version:
+def left_by(made: Artifact) -> dict[str, Path]:
+    """What a finished training left, by what it is: its weights, and beside its artifact a step log and a trace of some steps; nothing for other stages."""
+    log = _log_file(made.path.parent, made.path.name, made.key)
+    files = {"weights": made.path / WEIGHTS, "log": log, "trace": trace_file(log)} if made.kind in FITS else {}
+    return {name: file for name, file in files.items() if file.exists()}
+
+
+# Columns of the step logs that have a history in MLflow; a column that is not told in all rows has fewer points.
+_CURVES = ("loss", "validation_accuracy", "samples_per_s", "padding_waste", "mfu", "checkpoint_s")
+
+
+def _curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[tuple[int, float]]]:
+    """`stage/column` -> (step, value), of the stages that have a log."""
+    return {f"{stage}/{column}": [(row["step"], row[column]) for row in rows if column in row] for stage, rows in logs.items() for column in _CURVES if rows}
+
+
+def _publish(
+    options: Spec, artifacts: Mapping[str, Artifact], splits: Splits, registry: Registry, promote: bool, curves: Mapping[str, Sequence[tuple[int, float]]]
+) -> Version:
     rows = artifacts["judge"].scores["rows"]
     best = next(row for row in rows if row["engine"] == artifacts["version"].scores["admitted"][0])
     lineage = {name: found.digest for name, found in artifacts.items()}
@@ -331,7 +356,7 @@ def _publish(options: Spec, artifacts: Mapping[str, Artifact], splits: Splits, r
     job = cluster.submission_id()
     known = registry.of_digest(options.name, artifacts["version"].digest)
     run_id = known.run_id if known else registry.log_run(
-        options.name, spec.dump(options), lineage, {f"{row['engine']} {row['backend']}": row for row in rows}, {"report": str(run_folder(options) / "report.html")} | ({"ray_job": job} if job else {}),
+        options.name, spec.dump(options), lineage, {f"{row['engine']} {row['backend']}": row for row in rows}, {"report": str(run_folder(options) / "report.html")} | ({"ray_job": job} if job else {}), curves,
     )  # fmt: skip
     cluster.note_in_job({"mlflow_run": run_id, "portaisys_run": options.name})
     action = "pass" if best["admissible"] else "fail"
@@ -350,7 +375,8 @@ def _train(options: Spec, fit: Fit, tell: Callable[..., None]) -> Path:
     if left:
         tell(f"goes on from step {left}, where an earlier run stopped")
     if options.train.num_workers == 0:
-        carry_out(fit, Place(device=device(options)), partial(_write_log, fit, tell))
+        write = partial(_write_log, fit, lambda row: tell(line(row), row["step"] / row["steps"]))
+        carry_out(fit, Place(device=device(options)), write, write)
     else:
         with cluster.on_ray(options.train.num_workers * options.train.cpus_per_worker), _watching(Path(fit.log), tell):
             _ray_train(options, fit)
@@ -367,14 +393,11 @@ def device(options: Spec) -> str:
     return "cuda" if options.train.use_gpu else "cpu"
 
 
-def _write_log(fit: Fit, tell: Callable[..., None], values: Mapping[str, float], saved: Path | None) -> None:
-    metrics.append(Path(fit.log), values)
-    _show(tell, values)
-
-
-def _show(tell: Callable[..., None], row: Mapping[str, float]) -> None:
-    accuracy = f", validation {row['validation_accuracy']:.2%}" if "validation_accuracy" in row else ""
-    tell(f"epoch {row['epoch']:.1f}, loss {row['loss']:.3f}{accuracy}, {row['samples_per_s']:,.0f} rows/s", row["step"] / row["steps"])
+def _write_log(fit: Fit, show: Callable[[Row], None], values: Row, saved: Path | None = None) -> None:
+    """A row into the step log, with the seconds that a checkpoint took which is finished since; then shown."""
+    row = {**values} | ({"checkpoint_s": artifact.read(saved).seconds} if saved else {})
+    metrics.append(Path(fit.log), row)
+    show(row)
 
 
 @contextlib.contextmanager
@@ -382,13 +405,15 @@ def _watching(log: Path, tell: Callable[..., None]) -> Iterator[None]:
     """Show the lines that a worker elsewhere appends to its log."""
     stop = threading.Event()
 
+    def size() -> int:
+        return log.stat().st_size if log.exists() else 0
+
     def watch() -> None:
-        seen = len(metrics.read(log))
+        seen = size()
         while not stop.wait(0.5):
-            rows = metrics.read(log)
-            if len(rows) > seen:
-                seen = len(rows)
-                _show(tell, rows[-1])
+            if (now := size()) > seen and (row := metrics.last(log)):
+                seen = now
+                tell(line(row), row["step"] / row["steps"])
 
     tell("starting workers")
     thread = threading.Thread(target=watch, daemon=True)
@@ -469,6 +494,8 @@ def _worker(config: Mapping[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
+    from portaisys.training_metrics import TrainingMetrics
+
     fit = Fit(**config["fit"])
     torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
@@ -480,16 +507,18 @@ def _worker(config: Mapping[str, Any]) -> None:
             _fetch(fit)
         distributed.total(torch.zeros((), device=where))  # nobody reads before all is there
 
-    def report(values: Mapping[str, float], folder: Path | None) -> None:
-        if rank == 0:
-            metrics.append(Path(fit.log), values)
+    write = partial(_write_log, fit, TrainingMetrics(fit.spec["name"], Path(fit.work).stem).tell) if rank == 0 else None
+
+    def report(values: Row, folder: Path | None) -> None:
+        if write:
+            write(values, folder)
             if fit.remote and folder:
                 store.push(folder, f"{fit.remote}/{folder.name}")
         # Ray hears metrics only: the checkpoint is ours, already in its place, and every rank reports equally often.
         ray.train.report(dict(values))
 
     wrapped = partial(distributed.ddp, options=spec.parse(fit.spec).train.ddp)
-    carry_out(fit, Place(rank, context.get_world_size(), where, wrapped), report)
+    carry_out(fit, Place(rank, context.get_world_size(), where, wrapped), report, write)
     if fit.remote and rank == 0:
         for name in (WEIGHTS, NOTES):
             store.send_file(Path(fit.work) / name, f"{fit.remote}/{name}")

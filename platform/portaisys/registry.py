@@ -256,15 +256,19 @@ class Registry:
     # --- runs
 
     def log_run(
-        self, name: str, spec_dict: Mapping[str, Any], digests: Mapping[str, str], scores: Mapping[str, Any], tags: Mapping[str, str]
+        self, name: str, spec_dict: Mapping[str, Any], digests: Mapping[str, str], scores: Mapping[str, Any], tags: Mapping[str, str],
+        curves: Mapping[str, Sequence[tuple[int, float]]] | None = None,
     ) -> str:
-        """Record a finished run in experiment `name`; returns its id. Scores that are no finite number are left out."""
+        """Record a finished run in experiment `name`; returns its id. Scores that are no finite number are left out.
+
+        `curves`: name -> (step, value) of metrics with a history.
+        """
         experiment = self._experiment(_checked(name, "name"))
         all_tags = {**tags, **{f"digest.{stage}": digest for stage, digest in digests.items()}}
         with self.asking("logging a run"):
             run_id = str(self.client.create_run(experiment, run_name=name, tags=all_tags).info.run_id)
             try:
-                self._log_values(run_id, spec_dict, scores)
+                self._log_values(run_id, spec_dict, scores, curves or {})
             except BaseException:
                 self.client.set_terminated(run_id, status="FAILED")
                 raise
@@ -283,12 +287,13 @@ class Registry:
             raise UserError(f"registry: experiment {name!r} was deleted; restore it (`mlflow experiments restore`) or choose another name")
         return str(found.experiment_id)
 
-    def _log_values(self, run_id: str, spec_dict: Mapping[str, Any], scores: Mapping[str, Any]) -> None:
+    def _log_values(self, run_id: str, spec_dict: Mapping[str, Any], scores: Mapping[str, Any], curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
         from mlflow.entities import Metric, Param
 
         now = int(time.time() * 1000)
         params = [Param(key, _text(value)) for key, value in _flat(spec_dict)]
         metrics = [Metric(key, float(value), now, 0) for key, value in _flat(scores) if _is_finite_number(value)]
+        metrics += [Metric(key, float(value), now, step) for key, points in curves.items() for step, value in points if _is_finite_number(value)]
         for start in range(0, len(params), 100):  # MLflow takes 100 parameters a call
             self.client.log_batch(run_id, params=params[start : start + 100])
         for start in range(0, len(metrics), 1000):

@@ -162,13 +162,19 @@ def _curves(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
         for axis, key in zip(axes, ("loss", "validation_accuracy"), strict=True):
             points = [(row["epoch"], row[key]) for row in rows if key in row]
             if points:
-                axis.plot(*zip(*points, strict=True), label=name, marker=".")
+                axis.plot(*zip(*_thinned(points), strict=True), label=name, marker=".")
     for axis, title in zip(axes, ("training loss", "validation accuracy"), strict=True):
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend()
     return _svg(figure, "curves", "training loss and validation accuracy over epochs")
+
+
+def _thinned(points: Sequence[tuple[float, float]], most: int = 500) -> Sequence[tuple[float, float]]:
+    """Evenly, and the last: a log has a row every two seconds, and a page should stay small."""
+    every = -(-len(points) // most)
+    return [*points[:-1:every], points[-1]]
 
 
 # --- a search -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from portaisys import report
 
@@ -59,10 +59,15 @@ def closing_table(outcome: Any) -> None:
         console.print("Engines: judged before, not built again")
     elif cached:
         console.print(f"Engines from the cache: {', '.join(cached)}", soft_wrap=True)
-    places = Table(box=None, show_header=False)
-    for name, place in (("version", outcome.version), ("report", outcome.report), ("artifacts", outcome.folder)):
+    places = _places()
+    for name, place in (("version", outcome.version), ("report", outcome.report), ("artifacts", outcome.folder), *outcome.left.items()):
         places.add_row(f"[bold]{name}", str(place))
     console.print(places)
+
+
+def _places() -> Table:
+    """Names and paths, of which nothing is cut off."""
+    return Table(Column(), Column(overflow="fold"), box=None, show_header=False)
 
 
 def candidates_table(rows: Sequence[Mapping[str, Any]], best: str) -> Table:
@@ -76,11 +81,12 @@ def candidates_table(rows: Sequence[Mapping[str, Any]], best: str) -> Table:
     return table
 
 
-def stage_table(made: Any) -> None:
-    """What one stage left, and where."""
-    places = Table(box=None, show_header=False)
+def stage_table(made: Any, left: Mapping[str, Any]) -> None:
+    """What one stage left, and where; `left`: files beside its artifact."""
+    places = _places()
     scores = ", ".join(f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}" for name, value in made.scores.items())
-    for name, value in (("stage", made.kind), ("scores", scores), ("digest", made.digest[:12]), ("artifact", made.path)):
+    notes = ((f"note {number}" if number > 1 else "note", note) for number, note in enumerate(made.notes, 1))
+    for name, value in (("stage", made.kind), ("scores", scores), *notes, ("digest", made.digest[:12]), ("artifact", made.path), *left.items()):
         places.add_row(f"[bold]{name}", str(value))
     console.print(places)
 

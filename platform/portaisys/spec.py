@@ -223,6 +223,9 @@ class Train(Section):
     number of workers, which may change between restarts. `tokens_per_batch`: of texts, in place of `batch_size` and `micro_batch`: groups of
     rows of like length, as many as hold this many tokens with their padding, over all workers. `fp32_modules`: names of modules, or prefixes of them, that stay in fp32 whatever `precision` says.
     `precision` and `speed` as `auto` are measured on a few steps, and what pays is kept; `speed: exact` tries only what changes no bit, in runs of 1,000 steps or more.
+    `determinism`: `seeded` draws everything random from `seed`; `warn` also takes torch's deterministic operators and notes those that have no
+    such form; `strict` ends with the name of the first of them. `profile_steps`: of so many steps, after three, rank 0 leaves a Chrome trace
+    beside the step log (`portaisys train SPEC train.profile_steps=5`); it changes nothing that is computed.
     """
 
     epochs: int = Field(20, ge=1)
@@ -250,6 +253,8 @@ class Train(Section):
     label_selector: dict[str, str] = {}
     checkpoint_every_steps: int = Field(200, ge=1)
     max_failures: int = Field(2, ge=0)
+    determinism: Literal["seeded", "warn", "strict"] = "seeded"
+    profile_steps: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Train:

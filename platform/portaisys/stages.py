@@ -29,6 +29,7 @@ from portaisys.compress.sparsify import keep_zeros, sparsify
 from portaisys.data import Split, Splits
 from portaisys.data.batches import cut, token_budget, waste
 from portaisys.data.texts import PAD_ID
+from portaisys.determinism import determined
 from portaisys.distributed import Place
 from portaisys.engine import BACKENDS, Tensor, choose, options_of, remembered, verify
 from portaisys.engine.cache import cache_of, get_or_build, load
@@ -36,6 +37,7 @@ from portaisys.engine.torch import TorchEngine
 from portaisys.export import INPUT, OUTPUT, export
 from portaisys.judge import DENSE, Subject, judge, save_answers
 from portaisys.microbatch import find_micro_batch, least_of_ranks, memory_limit
+from portaisys.progress import Progress, Row, traced, use_of
 from portaisys.rows import shares_of, shuffled
 from portaisys.spec import Distill, Spec, Train, UserError
 from portaisys.step import Loss, make_optimizer, score
@@ -101,20 +103,36 @@ def restore(options: Spec, splits: Splits, folder: Path) -> nn.Module:
 # --- stages that train ------------------------------------------------------------------------------------------
 
 
-def carry_out(job: Fit, place: Place, report: Report) -> None:
-    """Train as `job` says; rank 0 leaves the weights in `job.work`, and what was chosen or fell back in its notes."""
+def carry_out(job: Fit, place: Place, report: Report, between: Callable[[Row], None] | None = None) -> None:
+    """Train as `job` says; rank 0 leaves the weights in `job.work`, and what was chosen or fell back in its notes. `between`: gets rows between reports."""
     options = spec.parse(job.spec)
     splits = data.load(options.data)
-    model, loss, train = FITS[job.kind](job, options, splits, place.device)
     notes: list[str] = []
-    train = _with_micro_batch(options, splits, train, place, checkpoint.state(Path(job.work)), partial(_note, notes))
-    model = fit(
-        model, splits.train, train, folder=Path(job.work), key=job.key, about=job.about, seed=options.seed, validation=splits.validation,
-        loss=loss, **batches(train, splits.train, options.seed), report=report, note=partial(_note, notes), place=place,
-    )  # fmt: skip
+    note = partial(_note, notes)
+    model, loss, train = FITS[job.kind](job, options, splits, place.device)
+    with determined(train.determinism, note):  # not around a model's first try on the CPU, which says nothing of the device
+        train = _with_micro_batch(options, splits, train, place, checkpoint.state(Path(job.work)), note)
+        with traced(trace_file(job.log), train.profile_steps if place.rank == 0 else 0, note) as stepped:
+            model = fit(
+                model, splits.train, train, folder=Path(job.work), key=job.key, about=job.about, seed=options.seed, validation=splits.validation,
+                loss=loss, **batches(train, splits.train, options.seed), report=report, note=note, progress=_progress(model, options, splits, train, place, between, stepped), place=place,
+            )  # fmt: skip
     if place.rank == 0:
         artifact.write_text(Path(job.work) / NOTES, json.dumps(notes))
         models.save(model, Path(job.work) / WEIGHTS)
+
+
+def trace_file(log: str | Path) -> Path:
+    """Where the trace of a training stands: beside its step log."""
+    return Path(log).with_suffix(".trace.json.gz")
+
+
+def _progress(model: nn.Module, options: Spec, splits: Splits, train: Train, place: Place, between: Callable[[Row], None] | None, stepped: Callable[[], None]) -> Progress:
+    """Texts are reckoned by their mean length: what is padding is no use of the device."""
+    lengths = splits.train.lengths
+    shape = splits.shape if lengths is None else (max(1, round(float(lengths.mean()))),)
+    fixed = {} if lengths is None or place.rank else {"padding_waste": _waste(train, splits.train, options.seed)}
+    return Progress(between, fixed=fixed, use=use_of(model, shape, place.device, place.world), stepped=stepped)
 
 
 def batches(options: Train, rows: Split, seed: int) -> dict[str, Any]:

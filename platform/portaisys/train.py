@@ -26,6 +26,7 @@ from portaisys.checkpoint import Checkpoint, Writer
 from portaisys.data import Split
 from portaisys.distributed import Place
 from portaisys.precision import Ladder, islands, refuse_unsupported
+from portaisys.progress import Progress, recent
 from portaisys.rows import Batches, Loader, Plan, Rows, loading, mix, shares_of, shuffled
 from portaisys.spec import Train, UserError
 from portaisys.speed import Note, settle
@@ -54,6 +55,7 @@ def fit(
     report: Report = lambda metrics, checkpoint: None,
     audit: Callable[[int, Rows], None] = lambda step, rows: None,
     note: Note = _log.warning,
+    progress: Progress | None = None,
     place: Place = Place(),
 ) -> nn.Module:
     """Train `model` in place and return it, with its averaged weights when `ema_decay` is set.
@@ -65,12 +67,13 @@ def fit(
     targets (tokens), the sum of theirs: a step's gradient is that of the mean over the whole batch, however it is shared.
     `report(metrics, checkpoint)` is called by every rank, equally often, after each epoch and each checkpoint; rank 0 alone has
     the validation split's metrics and the folder of a checkpoint whose writing has ended since. `audit(step, rows)` gets this
-    rank's rows of each update, `note(text)` what was chosen and what did not go as asked.
+    rank's rows of each update, `note(text)` what was chosen and what did not go as asked, `progress` each step; its rows come from this rank
+    alone, between reports, which wait for all. `options.determinism` is of the whole process: whoever calls sets it around the call.
     Raises UserError for a foreign or damaged checkpoint, a disk that takes none, a batch larger than the data, a precision or a means of speed
     that the device does not have, rows that cannot be read, and numbers that stay not finite.
     """
     refuse_unsupported(options.precision, place.device)
-    loss = loss or cross_entropy(options.label_smoothing)
+    loss, progress = loss or cross_entropy(options.label_smoothing), progress or Progress()
     plan = Plan(batches or shuffled(len(train), options.batch_size, seed), options.epochs)
     loader = Loader(train, plan, functools.partial(shares_of, place=place, options=options, cut=cut), weigh, options.augment, seed, place)
 
@@ -118,11 +121,16 @@ def fit(
             samples, rows_done = samples + len(plan.rows(step)), rows_done + len(plan.rows(step))
             epoch_ends, stops = index + 1 == plan.steps(epoch), step + 1 == plan.total
             saves = stops or (step + 1) % options.checkpoint_every_steps == 0
-            if saves or epoch_ends:
+            reports, due = saves or epoch_ends, progress.step(len(plan.rows(step)))
+            if reports or due:
                 # Looked at before it is saved: what has diverged must not become what the next attempt goes on from.
-                mean_loss = _finite(losses, model, step, mean_loss)
+                mean_loss = _finite(losses, model, step, mean_loss) if reports else recent(losses, place.world, mean_loss)
+                rows_per_s = rows_done / (time.monotonic() - clock)
                 metrics = {"step": step + 1, "steps": plan.total, "epoch": epoch + (index + 1) / plan.steps(epoch), "loss": mean_loss, "samples": samples}
-                metrics |= {"samples_per_s": rows_done / (time.monotonic() - clock), "exchanged_bytes": exchanged, **ladder.counts}
+                metrics |= {"samples_per_s": rows_per_s, "exchanged_bytes": exchanged, **ladder.counts, **progress.figures(plan.total - step - 1, rows_per_s, ladder.precision)}
+            if due and not reports:
+                progress.write(metrics)
+            if reports:
                 if saves and place.rank == 0:
                     writer.save(_state(learner, plan, step + 1, samples), tensors(learner, average))
                 if epoch_ends and validation and place.rank == 0:
