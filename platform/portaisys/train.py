@@ -30,13 +30,14 @@ from portaisys.checkpoint import Checkpoint, Writer
 from portaisys.data import Split
 from portaisys.models import predictor
 from portaisys.precision import ROUNDS, Ladder, autocast, choose, first_overflow, islands, products, refuse_unsupported, supported
-from portaisys.spec import SPEED, Train, UserError
+from portaisys.spec import SPEED, Stopped, Train, UserError
 
 Rows = NDArray[np.int64]
 Batches = Callable[[int], Sequence[Rows]]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 Report = Callable[[dict[str, float], Path | None], None]
 Note = Callable[[str], None]
+Mark = Callable[[int, str], None]
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ def fit(
     report: Report = lambda metrics, checkpoint: None,
     audit: Callable[[int, Rows], None] = lambda step, rows: None,
     note: Note = _log.warning,
+    leave: Callable[[], bool] = lambda: False,
+    mark: Mark = lambda step, doing: None,
     place: Place = Place(),
 ) -> nn.Module:
     """Train `model` in place and return it, with its averaged weights when `ema_decay` is set.
@@ -80,14 +83,16 @@ def fit(
     targets (tokens), the sum of theirs: a step's gradient is that of the mean over the whole batch, however it is shared.
     `report(metrics, checkpoint)` is called by every rank, equally often, after each epoch and each checkpoint; rank 0 alone has
     the validation split's metrics and the folder of a checkpoint whose writing has ended since. `audit(step, rows)` gets this
-    rank's rows of each update, `note(text)` what was chosen and what did not go as asked.
+    rank's rows of each update, `note(text)` what was chosen and what did not go as asked. When `leave()` is true on some rank, all write
+    a checkpoint after the same step, within about a second, and end with Stopped. `mark(step, doing)`: this rank now does this, a word of `watch.PHASES`.
     Raises UserError for a foreign or damaged checkpoint, a disk that takes none, a batch larger than the data, a precision that the
-    device does not have, and numbers that stay not finite.
+    device does not have, rows that cannot be loaded, and numbers that stay not finite; Stopped when it left before the end.
     """
     refuse_unsupported(options.precision, place.device)
     loss = loss or cross_entropy(options.label_smoothing)
     plan = Plan(batches or shuffled(len(train), options.batch_size, seed), options.epochs)
     load = functools.partial(_load, train, plan, functools.partial(shares_of, place=place, options=options, cut=cut), options, weigh, seed, place)
+    load = functools.partial(_told, load, mark)
 
     model = prepare(model.to(place.device))
     left = checkpoint.newest(folder, key, about or {}, note)
@@ -104,11 +109,13 @@ def fit(
     exchanged = distributed.exchanged_bytes(model, options.ddp, place.world)
     buffers = [*model.buffers()]
     kept = [buffer.clone() for buffer in buffers]
+    leaving = distributed.Agreed(leave, place.device)
 
     with Writer(folder, key, about or {}, left) as writer, islands(model, options.fp32_modules, place.device):
         clock, rows_done, losses, mean_loss = time.monotonic(), 0, list[Tensor](), math.nan
         ahead = load(start)
         for step in range(start, plan.total):
+            mark(step, "computing")
             trained.train()
             set_rate(learner.optimizer, options, step, plan.total)
             shares, ahead = ahead, []
@@ -132,7 +139,8 @@ def fit(
             epoch, index = plan.where(step)
             samples, rows_done = samples + len(plan.rows(step)), rows_done + len(plan.rows(step))
             epoch_ends, stops = index + 1 == plan.steps(epoch), step + 1 == plan.total
-            saves = stops or (step + 1) % options.checkpoint_every_steps == 0
+            asked = leaving.after(step + 1 - start) and not stops
+            saves = stops or asked or (step + 1) % options.checkpoint_every_steps == 0
             if saves or epoch_ends:
                 # Looked at before it is saved: what has diverged must not become what the next attempt goes on from.
                 mean_loss = _finite(losses, model, step, mean_loss)
@@ -141,10 +149,13 @@ def fit(
                 if saves and place.rank == 0:
                     writer.save(_state(learner, plan, step + 1, samples), tensors(learner, average))
                 if epoch_ends and validation and place.rank == 0:
-                    metrics["validation_accuracy"] = score(model, validation, average)
-                if stops:
+                    metrics["validation_accuracy"] = score(model, validation, average, functools.partial(mark, step, "validating"))
+                if stops or asked:
                     writer.wait()
+                mark(step, "reporting")
                 report(metrics, writer.written())
+                if asked:
+                    raise Stopped(step + 1)
                 clock, rows_done, losses = time.monotonic(), 0, []
 
     if average:
@@ -248,6 +259,20 @@ def _load(
         x, y = _batch(train, rows if len(rows) else batch[:1], options.augment, place.device)
         shares.append(Share(rows, x, y, weigh(rows) / whole if len(rows) else 0.0))
     return shares
+
+
+def _told(load: Callable[[int], list[Share]], mark: Mark, step: int) -> list[Share]:
+    """The shares of a step, with the marks around their loading. Raises UserError with the step for whatever a loader raises."""
+    mark(step - 1, "loading")
+    try:
+        return load(step)
+    except UserError:
+        raise
+    except Exception as error:
+        cause = (str(error).splitlines() or [""])[0]
+        raise UserError(f"train: rows of step {step + 1} could not be loaded: {type(error).__name__}: {cause}") from error
+    finally:
+        mark(step - 1, "exchanging")
 
 
 def _batch(train: Split, rows: Rows, augment: str, device: str) -> tuple[Tensor, Tensor]:
@@ -379,13 +404,16 @@ def cosine(step: int, total: int, warmup_fraction: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def score(model: nn.Module, rows: Split, weights: Mapping[str, Tensor] | None = None) -> float:
-    """Accuracy on a split, of the averaged weights when given."""
+def score(model: nn.Module, rows: Split, weights: Mapping[str, Tensor] | None = None, moved: Callable[[], None] = lambda: None) -> float:
+    """Accuracy on a split, of the averaged weights when given; `moved()` is called before each 512 rows."""
     judged = model
     if weights:
         judged = copy.deepcopy(model)
         judged.load_state_dict(weights)
-    logits = [predictor(judged)(rows.take(part)[0]) for part in _chunks(len(rows), 512)]
+    logits = []
+    for part in _chunks(len(rows), 512):
+        moved()
+        logits.append(predictor(judged)(rows.take(part)[0]))
     return evaluate.accuracy(np.concatenate(logits), rows.y)
 
 
