@@ -27,6 +27,7 @@ class Cluster:
     def __init__(self, num_cpus, port=None, settings=None, arguments=()):
         self.folder = Path(tempfile.mkdtemp(prefix="pj", dir="/tmp"))  # short: Ray's sockets stand below it
         ports = [port or free_port(), free_port(), free_port()]
+        self.port = ports[0]
         self.dashboard = f"http://127.0.0.1:{ports[1]}"
         self.open = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))} | {"HOME": str(self.folder)}
         self.environment = self.open | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}"}

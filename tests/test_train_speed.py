@@ -160,7 +160,7 @@ def broken(split, at):
 def test_a_loader_that_raises_is_told_with_its_cause_in_one_line_and_the_thread_ends(digits, tmp_path, speed):
     with pytest.raises(UserError) as told:
         train(digits, tmp_path, split=broken(digits.train, 700), speed=speed)
-    assert str(told.value).startswith("data: the rows of step ") and str(told.value).endswith(" cannot be read: OSError: the disk is gone")
+    assert str(told.value).startswith("train: rows of step ") and str(told.value).endswith(" could not be loaded: OSError: the disk is gone")
     assert isinstance(told.value.__cause__, OSError) and not rows_threads()
 
 

@@ -56,6 +56,11 @@ def state(folder: Path) -> Mapping[str, Any]:
     return artifact.read(slots[0]).scores if slots else {}
 
 
+def by_turn(folder: Path) -> list[str]:
+    """Names of the slots, first the one to be written next: the other holds the newest."""
+    return sorted(SLOTS, key=lambda slot: _step(folder / slot) or -1)
+
+
 def newest(folder: Path, key: str, fields: Mapping[str, Any], note: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint, None when there is none. A damaged one is passed over for the one before it, and `note` told.
 

@@ -25,7 +25,7 @@ from portaisys.screen import (
     timings_table,
     versions_table,
 )
-from portaisys.spec import Storage, UserError
+from portaisys.spec import Stopped, Storage, UserError
 
 _EXAMPLES = """examples:
   portaisys run jobs/specs/digits.yaml train.epochs=5
@@ -46,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; what was finished is kept, the same command goes on from there", file=sys.stderr)
         return 130
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 143
     return 0
 
 

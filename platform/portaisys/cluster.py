@@ -24,6 +24,8 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+    # Later than train.hang_timeout_s by default, whose watch can tell which worker it is.
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "900",
     # Ray writes its own files through pyarrow, whose checksum trailers some of S3's work-alikes answer with 411.
     "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
 }
@@ -113,10 +115,11 @@ def refuse_unplaceable(
     selector: Mapping[str, str],
     found: Sequence[Node],
     most: Mapping[str, float],
+    or_else: str = "",
 ) -> None:
     """Refuse `count` workers (or replicas, or trials) of `need` each that the cluster can never hold: Ray would leave them pending without a word.
 
-    `where`: the spec path to change; `selector`: labels a node must have; `most`: what `grows_to` says. Raises UserError.
+    `where`: the spec path to change; `selector`: labels a node must have; `most`: what `grows_to` says; `or_else`: what might be done besides. Raises UserError.
     """
     right = [node for node in found if matches(node.labels, selector)]
     among = f"the cluster's nodes with {_words(selector)} have" if selector else "the cluster has"
@@ -124,13 +127,13 @@ def refuse_unplaceable(
         have = sum(node.resources.get(kind, 0) for node in right)
         if have < each * count and most.get(kind, 0) < each * count:
             raise UserError(
-                f"{where}: {count} {what} need {each * count:g} {kind}s and {among} {have:g}; lower it or add nodes{_seen(found, selector)}"
+                f"{where}: {count} {what} need {each * count:g} {kind}s and {among} {have:g}; lower it or add nodes{_seen(found, selector)}{or_else}"
             )
     places = sum(_places(node.resources, need) for node in right)
     if places < count and not all(most.get(kind, 0) >= each * count for kind, each in need.items()):
         sizes = ", ".join(sorted(_amounts({kind: node.resources.get(kind, 0) for kind in need}) for node in right))
         raise UserError(
-            f"{where}: {count} {what} of {_amounts(need)} each, and {among} room for {places}, since none is split over nodes ({sizes}); lower it or add nodes"
+            f"{where}: {count} {what} of {_amounts(need)} each, and {among} room for {places}, since none is split over nodes ({sizes}); lower it or add nodes{or_else}"
         )
 
 

@@ -5,6 +5,7 @@ Torch only; who started the processes (Ray, torchrun, a test) is not known here.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -84,3 +85,27 @@ def _several() -> bool:
 def any_rank(flag: bool, device: str | torch.device) -> bool:
     """Whether it is so on some rank."""
     return bool(total(torch.tensor(float(flag), device=device)).item())
+
+
+class Agreed:
+    """Whether some rank wants it, known to all ranks after the same step.
+
+    They ask each other about once in `every_s`: the sum that says it also says how long their steps take, from which all reckon the
+    same next time. So it costs one sum of two numbers a second, or one a step where steps are longer. One process asks nobody.
+    """
+
+    def __init__(self, wanted: Callable[[], bool], device: str, every_s: float = 1.0) -> None:
+        self._wanted, self._device, self._every_s = wanted, device, every_s
+        self._asked, self._next = (0, time.monotonic()), 1
+
+    def after(self, done: int) -> bool:
+        """Of the `done`-th step of this process, asked after each."""
+        if not _several():
+            return self._wanted()
+        if done < self._next:
+            return False
+        (before, then), now = self._asked, time.monotonic()
+        wanted, seconds = total(torch.tensor([float(self._wanted()), now - then], dtype=torch.float32, device=self._device)).tolist()
+        step_s = seconds / dist.get_world_size() / (done - before)
+        self._asked, self._next = (done, now), done + max(1, min(1000, int(self._every_s / max(step_s, 1e-9))))
+        return bool(wanted > 0)

@@ -7,6 +7,8 @@ asked for. So a run that died goes on where it was, and a second run of the same
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import logging
 import os
 import shutil
@@ -28,8 +30,9 @@ from portaisys.distributed import Place
 from portaisys.engine import TYPED, available, backend
 from portaisys.progress import Row, line
 from portaisys.registry import Registry, Version, open_registry
-from portaisys.spec import Spec, UserError
-from portaisys.stages import FITS, NOTES, STAGES, WEIGHTS, Fit, Job, batches, carry_out, threads, trace_file
+from portaisys.spec import Spec, Stopped, UserError
+from portaisys.stages import FITS, NOTED, NOTES, RESTARTS, STAGES, WEIGHTS, Fit, Job, batches, carry_out, kept_notes, threads, trace_file
+from portaisys.watch import notice
 
 _log = logging.getLogger(__name__)
 
@@ -312,7 +315,7 @@ def _finish(options: Spec, made: Artifact, uri: str, work: Path) -> None:
 
 
 # They change how a run is watched over and shared among workers, not which rows a step takes: a run may go on with others.
-_NOT_IN_KEYS = {"max_failures", "checkpoint_every_steps", "label_selector", "num_workers", "micro_batch", "ddp", "profile_steps"}
+_NOT_IN_KEYS = {"max_failures", "checkpoint_every_steps", "label_selector", "num_workers", "min_workers", "hang_timeout_s", "micro_batch", "ddp", "profile_steps"}
 
 
 def _sections(options: Spec, stage: Stage) -> dict[str, Any]:
@@ -375,12 +378,31 @@ def _train(options: Spec, fit: Fit, tell: Callable[..., None]) -> Path:
     if left:
         tell(f"goes on from step {left}, where an earlier run stopped")
     if options.train.num_workers == 0:
-        write = partial(_write_log, fit, lambda row: tell(line(row), row["step"] / row["steps"]))
-        carry_out(fit, Place(device=device(options)), write, write)
-    else:
-        with cluster.on_ray(options.train.num_workers * options.train.cpus_per_worker), _watching(Path(fit.log), tell):
-            _ray_train(options, fit)
+        _alone(options, fit, tell)
+        return Path(fit.work)
+    with cluster.on_ray(_own_cpus(options.train)):
+        no_room = _check_cluster(options)
+        if not no_room:
+            with _watching(Path(fit.log), tell):
+                _ray_train(options, fit)
+    if no_room:
+        _alone(options, fit, tell, [f"train.num_workers: {options.train.num_workers} were asked for and one process without workers trained, as train.min_workers=0 allows: {no_room}"])
     return Path(fit.work)
+
+
+def _alone(options: Spec, fit: Fit, tell: Callable[..., None], began: Sequence[str] = ()) -> None:
+    """Train in this process, which SIGTERM ends with a checkpoint."""
+    here = options.train.model_copy(update={"num_workers": 0})
+    place = Place(device=device(options.model_copy(update={"train": here})))
+    write = partial(_write_log, fit, lambda row: tell(line(row), row["step"] / row["steps"]))
+    with notice() as asked:
+        carry_out(fit, place, write, write, leave=asked, began=began)
+
+
+def _own_cpus(train: spec.Train) -> int:
+    """Of a cluster of our own on this machine: as many as asked for, or what there is where fewer workers will do."""
+    asked = train.num_workers * train.cpus_per_worker
+    return asked if train.min_workers is None else min(asked, len(os.sched_getaffinity(0)))
 
 
 def device(options: Spec) -> str:
@@ -429,19 +451,24 @@ def _ray_train(options: Spec, fit: Fit) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    _check_cluster(options)
+    from portaisys import workers
+
     train = options.train
+    least = train.num_workers if train.min_workers is None else max(1, train.min_workers)
+    start_s = 300 if least == train.num_workers else 60  # what fails to start in that time is tried again with the workers there are then
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(start_s))
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"fit": asdict(fit), "use_gpu": train.use_gpu, "threads": train.cpus_per_worker},
         torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=train.num_workers, use_gpu=train.use_gpu, resources_per_worker=per_worker(train), label_selector=train.label_selector or None
+            num_workers=train.num_workers if least == train.num_workers else (least, train.num_workers), use_gpu=train.use_gpu, resources_per_worker=per_worker(train), label_selector=train.label_selector or None
         ),
         # The name is new every time: with an old one Ray Train resumes by itself, silently, even a finished run.
         # What is resumed is our own checkpoint, by its key.
         run_config=RunConfig(
-            name=f"{options.name}-{fit.kind}-{uuid.uuid4().hex[:8]}", storage_path=_ray_storage(options, fit), failure_config=FailureConfig(max_failures=train.max_failures)
+            name=f"{options.name}-{fit.kind}-{uuid.uuid4().hex[:8]}", storage_path=_ray_storage(options, fit), callbacks=[workers.Notice(), workers.Failures(fit.work, fit.key)],
+            failure_config=FailureConfig(max_failures=train.max_failures, controller_failure_limit=_WAIT_S // start_s),
         ),
     )
     try:
@@ -451,13 +478,19 @@ def _ray_train(options: Spec, fit: Fit) -> None:
     if fit.remote:
         for name in (WEIGHTS, NOTES):
             store.fetch_file(f"{fit.remote}/{name}", Path(fit.work) / name)
+    notes, restarts = Path(fit.work) / NOTES, kept_notes(Path(fit.work) / RESTARTS, fit.key)
+    artifact.write_text(notes, json.dumps([*json.loads(notes.read_text()), *restarts]))
+
+
+_WAIT_S = 3600  # for room on the cluster, all attempts to start together
 
 
 def _ray_storage(options: Spec, fit: Fit) -> str:
     return f"{options.storage.path}/{options.name}/ray" if options.storage.remote else f"{fit.work}/ray"
 
 
-def _check_cluster(options: Spec) -> None:
+def _check_cluster(options: Spec) -> str:
+    """Raises UserError for a cluster that cannot train this; where the spec is content with no worker, says why there is room for none."""
     import ray
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -469,7 +502,15 @@ def _check_cluster(options: Spec) -> None:
     if len(nodes) > 1 and os.environ.get("MLFLOW_TRACKING_URI", "sqlite").startswith("sqlite"):
         raise UserError("storage: the registry is a sqlite file and the cluster has several nodes; start `mlflow server` and set MLFLOW_TRACKING_URI")
     train = options.train
-    cluster.refuse_unplaceable("train.num_workers", "workers", train.num_workers, per_worker(train), train.label_selector, cluster.nodes(), cluster.grows_to())
+    least = train.num_workers if train.min_workers is None else train.min_workers
+    where, or_else = ("train.num_workers", ", or allow fewer with train.min_workers (0: one process here)") if train.min_workers is None else ("train.min_workers", "")
+    try:
+        cluster.refuse_unplaceable(where, "workers", max(1, least), per_worker(train), train.label_selector, cluster.nodes(), cluster.grows_to(), or_else)
+    except UserError as error:
+        if least:
+            raise
+        return str(error)
+    return ""
 
 
 def per_worker(train: spec.Train) -> dict[str, float]:
@@ -479,12 +520,15 @@ def per_worker(train: spec.Train) -> dict[str, float]:
 
 def _cause(error: BaseException) -> UserError:
     """The user's own error, out of the layers that Ray put around it."""
-    seen: BaseException | None = error
-    failures = getattr(error, "worker_failures", None) or {}
-    for inner in (*failures.values(), error):
-        seen = getattr(inner, "cause", None) or inner
-        if isinstance(seen, UserError):
-            return seen
+    from portaisys.workers import cause_of
+
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        told = cause_of(failures)
+        return told if isinstance(told, UserError) else UserError(f"train: the workers failed: {told}")
+    seen = getattr(error, "controller_failure", None) or error
+    if isinstance(seen, UserError):
+        return seen
     lines = str(seen).strip().splitlines() or [type(seen).__name__]
     return UserError(f"train: the workers failed: {lines[-1]}")
 
@@ -494,6 +538,7 @@ def _worker(config: Mapping[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
+    from portaisys import workers
     from portaisys.training_metrics import TrainingMetrics
 
     fit = Fit(**config["fit"])
@@ -507,18 +552,27 @@ def _worker(config: Mapping[str, Any]) -> None:
             _fetch(fit)
         distributed.total(torch.zeros((), device=where))  # nobody reads before all is there
 
+    turns = itertools.cycle(checkpoint.by_turn(Path(fit.work)))  # here as in the store, from which they were fetched
     write = partial(_write_log, fit, TrainingMetrics(fit.spec["name"], Path(fit.work).stem).tell) if rank == 0 else None
 
     def report(values: Row, folder: Path | None) -> None:
         if write:
             write(values, folder)
             if fit.remote and folder:
-                store.push(folder, f"{fit.remote}/{folder.name}")
+                # Not by the name it has here: of two that were written since the last report one is passed over, and its turn with it.
+                store.push(folder, f"{fit.remote}/{next(turns)}")
+                store.send_file(Path(fit.work) / NOTED, f"{fit.remote}/{NOTED}")
         # Ray hears metrics only: the checkpoint is ours, already in its place, and every rank reports equally often.
         ray.train.report(dict(values))
 
-    wrapped = partial(distributed.ddp, options=spec.parse(fit.spec).train.ddp)
-    carry_out(fit, Place(rank, context.get_world_size(), where, wrapped), report, write)
+    train, world = spec.parse(fit.spec).train, context.get_world_size()
+    began = [f"train.num_workers: {train.num_workers} were asked for and {world} trained, for which there was room"] if world < train.num_workers else []
+    place = Place(rank, world, where, partial(distributed.ddp, options=train.ddp))
+    with workers.watched(rank, world, train.hang_timeout_s) as mark:
+        try:
+            carry_out(fit, place, report, write, workers.asked_to_leave, mark, began)
+        except Stopped as stopped:
+            raise workers.as_preemption(stopped) from None
     if fit.remote and rank == 0:
         for name in (WEIGHTS, NOTES):
             store.send_file(Path(fit.work) / name, f"{fit.remote}/{name}")
@@ -526,6 +580,7 @@ def _worker(config: Mapping[str, Any]) -> None:
 
 def _fetch(fit: Fit) -> None:
     _fetch_checkpoints(fit)
+    store.fetch_file(f"{fit.remote}/{NOTED}", Path(fit.work) / NOTED)
     for parent in map(Path, fit.parents.values()):  # this may be another machine than the one that made them
         if not parent.exists():
             store.pull(f"{fit.remote.rpartition('/')[0]}/{parent.name}", parent)

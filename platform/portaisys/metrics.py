@@ -17,10 +17,12 @@ def append(path: Path, values: Mapping[str, Any]) -> None:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """All whole lines, in order of `step`; a step that was repeated after a resume counts once, as last written."""
-    if not path.exists():
-        return []
-    rows = [row for line in path.read_text().splitlines() if (row := _row(line))]
-    return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
+    return [row for _, row in sorted({row["step"]: row for row in lines(path) if "step" in row}.items())]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines, as they were written."""
+    return [row for line in path.read_text().splitlines() if (row := _row(line))] if path.exists() else []
 
 
 def last(path: Path) -> dict[str, Any] | None:
@@ -37,4 +39,4 @@ def _row(line: str) -> dict[str, Any] | None:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and "step" in row else None
+    return row if isinstance(row, dict) else None

@@ -125,7 +125,7 @@ class Loader:
 
 
 def load(loader: Loader, step: int) -> list[Share]:
-    """The shares of a step, augmented; none after the last step. Raises UserError when rows cannot be read.
+    """The shares of a step, augmented; none after the last step. Raises UserError when rows cannot be loaded.
 
     It draws from a generator of its own: in a thread it would otherwise disturb what the step draws.
     """
@@ -152,7 +152,7 @@ def _taken(loader: Loader, rows: Rows, step: int) -> tuple[Tensor, Tensor]:
     except UserError:
         raise
     except Exception as error:  # a user's code may raise anything
-        raise UserError(f"data: the rows of step {step + 1} cannot be read: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}") from error
+        raise UserError(f"train: rows of step {step + 1} could not be loaded: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}") from error
 
 
 def _pinned(array: Tensor, place: Place) -> Tensor:

@@ -28,6 +28,17 @@ class SpecError(UserError):
     """The spec itself is wrong; the message starts with the dotted path."""
 
 
+class Stopped(Exception):
+    """Training left early because it was asked to; `step`: how many are done and in a checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped as asked; the same command goes on from step {step}")
+        self.step = step
+
+    def __reduce__(self) -> tuple[type[Stopped], tuple[int]]:
+        return Stopped, (self.step,)
+
+
 class Section(BaseModel):
     """Base of every section: immutable, strict about keys."""
 
@@ -226,6 +237,9 @@ class Train(Section):
     `determinism`: `seeded` draws everything random from `seed`; `warn` also takes torch's deterministic operators and notes those that have no
     such form; `strict` ends with the name of the first of them. `profile_steps`: of so many steps, after three, rank 0 leaves a Chrome trace
     beside the step log (`portaisys train SPEC train.profile_steps=5`); it changes nothing that is computed.
+    `min_workers`: how few of `num_workers` will do where there is not room for all, 0 for one process without workers; None: all or nothing.
+    `hang_timeout_s`: workers none of which moves for so long, once they have read their data, are ended and begin again from the last checkpoint; longer than a step (the
+    first with what it compiles), than a checkpoint takes to be written and than 512 rows of validation; 0: never.
     """
 
     epochs: int = Field(20, ge=1)
@@ -247,14 +261,28 @@ class Train(Section):
     ema_decay: float | None = Field(None, gt=0, lt=1)
     augment: Literal["none", "shift", "shift_flip"] = "none"
     num_workers: int = Field(0, ge=0)
+    min_workers: int | None = Field(None, ge=0)
     use_gpu: bool = False
     cpus_per_worker: int = Field(1, ge=1)
     # Labels that a node must have to hold a worker, {role: train} on the clusters of docs/cluster.md; not asked for without workers.
     label_selector: dict[str, str] = {}
     checkpoint_every_steps: int = Field(200, ge=1)
     max_failures: int = Field(2, ge=0)
+    hang_timeout_s: float = Field(600.0, ge=0)
     determinism: Literal["seeded", "warn", "strict"] = "seeded"
     profile_steps: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _fewer_will_do(self) -> Train:
+        if self.min_workers is None:
+            return self
+        if self.min_workers > self.num_workers:
+            raise ValueError(f".min_workers: {self.min_workers} are more than num_workers {self.num_workers}; take at most that, or leave it out")
+        counts = range(max(1, self.min_workers), self.num_workers + 1)
+        odd = [count for count in counts if self.batch_size % (count * self.accumulate_steps)]
+        if odd and not (self.micro_batch or self.tokens_per_batch):
+            raise ValueError(f".min_workers: batch_size {self.batch_size} is not a multiple of {odd[0]} workers x accumulate_steps, and so many there may be; set micro_batch, with which any number of workers will do")
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Train:

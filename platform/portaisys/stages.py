@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from portaisys import artifact, checkpoint, data, evaluate, models, spec
+from portaisys import artifact, checkpoint, data, evaluate, metrics, models, spec
 from portaisys.artifact import Artifact, Draft, write_arrays
 from portaisys.compress.cast import with_islands
 from portaisys.compress.distill import distillation
@@ -41,9 +41,10 @@ from portaisys.progress import Progress, Row, traced, use_of
 from portaisys.rows import shares_of, shuffled
 from portaisys.spec import Distill, Spec, Train, UserError
 from portaisys.step import Loss, make_optimizer, score
-from portaisys.train import Report, fit
+from portaisys.train import Mark, Report, fit
 
 WEIGHTS, NOTES, TOKENIZER = "model.safetensors", "notes.json", "tokenizer.json"
+NOTED, RESTARTS = "notes.jsonl", "restarts.jsonl"  # of all attempts at a training, by those who train and by who restarts them
 
 
 _log = logging.getLogger(__name__)
@@ -103,22 +104,33 @@ def restore(options: Spec, splits: Splits, folder: Path) -> nn.Module:
 # --- stages that train ------------------------------------------------------------------------------------------
 
 
-def carry_out(job: Fit, place: Place, report: Report, between: Callable[[Row], None] | None = None) -> None:
-    """Train as `job` says; rank 0 leaves the weights in `job.work`, and what was chosen or fell back in its notes. `between`: gets rows between reports."""
+def carry_out(
+    job: Fit, place: Place, report: Report, between: Callable[[Row], None] | None = None, leave: Callable[[], bool] = lambda: False,
+    mark: Mark = lambda step, doing: None, began: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Train as `job` says; rank 0 leaves the weights in `job.work`, and what was chosen or fell back in its notes, those of attempts before included.
+
+    `between`: gets rows between reports; `leave` and `mark` as in `fit`; `began`: notes of how this attempt began.
+    """
     options = spec.parse(job.spec)
     splits = data.load(options.data)
-    notes: list[str] = []
-    note = partial(_note, notes)
     model, loss, train = FITS[job.kind](job, options, splits, place.device)
+    noted = Path(job.work) / NOTED
+    note = partial(_note, noted, job.key) if place.rank == 0 else _log.warning
+    if place.rank == 0:
+        metrics.append(noted, {"key": job.key, "from": checkpoint.steps(noted.parent), "world": place.world})
+    for text in began:
+        note(text)
     with determined(train.determinism, note):  # not around a model's first try on the CPU, which says nothing of the device
         train = _with_micro_batch(options, splits, train, place, checkpoint.state(Path(job.work)), note)
         with traced(trace_file(job.log), train.profile_steps if place.rank == 0 else 0, note) as stepped:
             model = fit(
                 model, splits.train, train, folder=Path(job.work), key=job.key, about=job.about, seed=options.seed, validation=splits.validation,
-                loss=loss, **batches(train, splits.train, options.seed), report=report, note=note, progress=_progress(model, options, splits, train, place, between, stepped), place=place,
+                loss=loss, **batches(train, splits.train, options.seed), report=report, note=note, progress=_progress(model, options, splits, train, place, between, stepped),
+                leave=leave, mark=mark, place=place,
             )  # fmt: skip
     if place.rank == 0:
-        artifact.write_text(Path(job.work) / NOTES, json.dumps(notes))
+        artifact.write_text(Path(job.work) / NOTES, json.dumps(kept_notes(noted, job.key)))
         models.save(model, Path(job.work) / WEIGHTS)
 
 
@@ -173,9 +185,22 @@ def try_step(options: Spec, shape: Sequence[int], classes: int, vocabulary: int,
         optimizer.zero_grad(set_to_none=True)
 
 
-def _note(notes: list[str], text: str) -> None:
+def _note(file: Path, key: str, text: str) -> None:
     _log.warning(text)
-    notes.append(text)
+    keep_note(file, key, text)
+
+
+def keep_note(file: Path, key: str, text: str) -> None:
+    """Note it where the next attempt at the training of this key finds it."""
+    metrics.append(file, {"key": key, "note": text})
+
+
+def kept_notes(file: Path, key: str) -> list[str]:
+    """Notes of all attempts, each text once (steps that are done again say the same again), and how many attempts there were."""
+    rows = [row for row in metrics.lines(file) if row.get("key") == key]
+    attempts = [f"from step {row['from']} with {row['world']} worker{'s' * (row['world'] > 1)}" for row in rows if "from" in row]
+    told = [f"trained in {len(attempts)} attempts: {', '.join(attempts)}"] if len(attempts) > 1 else []
+    return [*dict.fromkeys(row["note"] for row in rows if "note" in row), *told]
 
 
 def _dense(job: Fit, options: Spec, splits: Splits, device: str) -> tuple[nn.Module, Loss | None, Train]:

@@ -27,12 +27,13 @@ from portaisys.data import Split
 from portaisys.distributed import Place
 from portaisys.precision import Ladder, islands, refuse_unsupported
 from portaisys.progress import Progress, recent
-from portaisys.rows import Batches, Loader, Plan, Rows, loading, mix, shares_of, shuffled
-from portaisys.spec import Train, UserError
+from portaisys.rows import Batches, Loader, Plan, Rows, Share, loading, mix, shares_of, shuffled
+from portaisys.spec import Stopped, Train, UserError
 from portaisys.speed import Note, settle
 from portaisys.step import Learner, Loss, arranged, cross_entropy, diagnose, gradients, make_optimizer, score, set_rate, update
 
 Report = Callable[[dict[str, float], Path | None], None]
+Mark = Callable[[int, str], None]
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ def fit(
     audit: Callable[[int, Rows], None] = lambda step, rows: None,
     note: Note = _log.warning,
     progress: Progress | None = None,
+    leave: Callable[[], bool] = lambda: False,
+    mark: Mark = lambda step, doing: None,
     place: Place = Place(),
 ) -> nn.Module:
     """Train `model` in place and return it, with its averaged weights when `ema_decay` is set.
@@ -68,9 +71,11 @@ def fit(
     `report(metrics, checkpoint)` is called by every rank, equally often, after each epoch and each checkpoint; rank 0 alone has
     the validation split's metrics and the folder of a checkpoint whose writing has ended since. `audit(step, rows)` gets this
     rank's rows of each update, `note(text)` what was chosen and what did not go as asked, `progress` each step; its rows come from this rank
-    alone, between reports, which wait for all. `options.determinism` is of the whole process: whoever calls sets it around the call.
+    alone, between reports, which wait for all. When `leave()` is true on some rank, all write a checkpoint after the same step, within about
+    a second, and end with Stopped. `mark(step, doing)`: this rank now does this, a word of `watch.PHASES`. `options.determinism` is of the whole
+    process: whoever calls sets it around the call.
     Raises UserError for a foreign or damaged checkpoint, a disk that takes none, a batch larger than the data, a precision or a means of speed
-    that the device does not have, rows that cannot be read, and numbers that stay not finite.
+    that the device does not have, rows that cannot be loaded, and numbers that stay not finite; Stopped when it left before the end.
     """
     refuse_unsupported(options.precision, place.device)
     loss, progress = loss or cross_entropy(options.label_smoothing), progress or Progress()
@@ -92,11 +97,14 @@ def fit(
     exchanged = distributed.exchanged_bytes(model, options.ddp, place.world)
     buffers = [*model.buffers()]
     kept = [buffer.clone() for buffer in buffers]
+    leaving = distributed.Agreed(leave, place.device)
 
-    with Writer(folder, key, about or {}, left) as writer, islands(model, options.fp32_modules, place.device), loading(loader, options.speed) as load:
+    with Writer(folder, key, about or {}, left) as writer, islands(model, options.fp32_modules, place.device), loading(loader, options.speed) as loaded:
+        load = functools.partial(_marked, loaded, mark)
         clock, rows_done, losses, mean_loss = time.monotonic(), 0, list[Tensor](), math.nan
         ahead = load(start)
         for step in range(start, plan.total):
+            mark(step, "computing")
             trained.train()
             set_rate(learner.optimizer, options, step, plan.total)
             shares, ahead = ahead, []
@@ -120,7 +128,8 @@ def fit(
             epoch, index = plan.where(step)
             samples, rows_done = samples + len(plan.rows(step)), rows_done + len(plan.rows(step))
             epoch_ends, stops = index + 1 == plan.steps(epoch), step + 1 == plan.total
-            saves = stops or (step + 1) % options.checkpoint_every_steps == 0
+            asked = leaving.after(step + 1 - start) and not stops
+            saves = stops or asked or (step + 1) % options.checkpoint_every_steps == 0
             reports, due = saves or epoch_ends, progress.step(len(plan.rows(step)))
             if reports or due:
                 # Looked at before it is saved: what has diverged must not become what the next attempt goes on from.
@@ -134,15 +143,27 @@ def fit(
                 if saves and place.rank == 0:
                     writer.save(_state(learner, plan, step + 1, samples), tensors(learner, average))
                 if epoch_ends and validation and place.rank == 0:
-                    metrics["validation_accuracy"] = score(model, validation, average)
-                if stops:
+                    metrics["validation_accuracy"] = score(model, validation, average, functools.partial(mark, step, "validating"))
+                if stops or asked:
                     writer.wait()
+                mark(step, "reporting")
                 report(metrics, writer.written())
+                if asked:
+                    raise Stopped(step + 1)
                 clock, rows_done, losses = time.monotonic(), 0, []
 
     if average:
         model.load_state_dict(average)
     return model.eval()
+
+
+def _marked(load: Callable[[int], list[Share]], mark: Mark, step: int) -> list[Share]:
+    """The shares of a step, with the marks around their loading."""
+    mark(step - 1, "loading")
+    try:
+        return load(step)
+    finally:
+        mark(step - 1, "exchanging")
 
 
 def _finite(losses: list[Tensor], model: nn.Module, step: int, before: float) -> float:
