@@ -17,7 +17,7 @@ core that computes, so what of it falls into the backward pass is not hidden. al
 `wire_over_predicted_bytes`: bytes that both interfaces sent in a block of steps over the exact count, median and range of arms (headers and acknowledgements, at
 the interface, so a large segment has one header); `exposed_ms_1rank`, `exposed_ms_2ranks`: of default buckets in fp32 at the middle rate, median and range of rounds;
 `prediction_error_max`: of the step time; `exposed_error_max`: of the exposed time, the harder one, over cases where that is at least a tenth of
-the step; both as a share of what was measured, `value` the largest, `low` the smallest. `predicted_efficiency_16`: **a prediction, not a
+the step; both as a share of what was measured, `value` the largest, `low` the smallest; `exposed_error_median`, of those cases, and their range. `predicted_efficiency_16`: **a prediction, not a
 measurement**, for GPUs that nobody here has: compute time over step time, `low` and `high` with the network share at half and at all of the rate.
 """
 
@@ -410,6 +410,7 @@ def figures_of(cases: Sequence[Case], link: Link, rates: Sequence[int], alone: d
         "exposed_ms_2ranks": middle(usual.with_ms - usual.without_ms),
         "prediction_error_max": spread(step_errors),
         "exposed_error_max": spread(exposed_errors),
+        "exposed_error_median": middle(exposed_errors),
     }
 
 
