@@ -15,7 +15,7 @@ import gc
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ PLAIN = "fp32"
 ORDER = ("bf16", "tf32", "fp16", "fp32")  # what is left out when the time is up comes last
 TARGETS = (0.91, 0.94)
 LEAST = 3  # rounds
+CLASHING = ("compile", "cuda_graphs")  # a compiled model is not captured
 RECIPE = Path(__file__).parents[1] / "jobs/specs/fashion_mnist.yaml"
 
 
@@ -109,7 +110,7 @@ class Running:
     def _run(self, train: Callable[[Callable[..., None]], object]) -> None:
         try:
             train(self._audit)
-            raise UserError("fit() came to its end: fewer rounds, or more steps in gpu_training.plan")
+            raise UserError("fit() came to its end: there are fewer steps in its plan than turns ask for")
         except _Enough:
             pass
         except BaseException as error:
@@ -140,22 +141,27 @@ def plan(rows: int, batch: int, steps: int) -> list[np.ndarray]:
     return [np.arange(step * batch, (step + 1) * batch) % rows for step in range(steps)]
 
 
-def trainer(name: str, chosen: dict[str, Any], split: Split, options: spec.Train, where: str, folder: Path, note: Callable[[str], None]) -> Callable[[Callable[..., None]], object]:
+def trainer(name: str, chosen: dict[str, Any], split: Split, options: spec.Train, steps: int, where: str, folder: Path, note: Callable[[str], None]) -> Callable[[Callable[..., None]], object]:
     section, shape, batch = chosen[name]
 
     def train(audit: Callable[..., None]) -> object:
         torch.manual_seed(0)
         model = models.build(section, shape, 10, np.full(shape[0], 127.5, np.float32), np.full(shape[0], 73.9, np.float32))
-        batches = plan(len(split), batch, 100_000)
+        batches = plan(len(split), batch, steps)
         return fit(model, split, options, folder=folder, key="benchmark", batches=lambda epoch: batches, audit=audit, note=note, place=Place(device=where))
 
     return train
 
 
-def variants(precision: str, size: Size) -> dict[str, tuple[str, ...]]:
-    """Arm -> train.speed: plain, all means, then each alone."""
-    means = tuple(one for one in spec.SPEED if one not in size.omitted)
-    return {precision: (), f"{precision}, all": means} | {f"{precision}, {one}": (one,) for one in means}
+def variants(precision: str, size: Size, failed: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Arm and its train.speed: plain fp32, plain, each means alone, then all together of those that ran. `failed` is read when that is asked for."""
+    yield from {PLAIN: (), precision: ()}.items()
+    means = [one for one in spec.SPEED if one not in size.omitted]
+    yield from ((f"{precision}, {one}", (one,)) for one in means)
+    works = [one for one in means if f"{precision}, {one}" not in failed]
+    clash = [one for one in CLASHING if one in works]
+    for one in clash if len(clash) > 1 else [""]:
+        yield f"{precision}, all but {one}" if one else f"{precision}, all", tuple(other for other in works if other != one)
 
 
 def measure(name: str, small: bool, size: Size, where: str, deadline: float) -> Trained:
@@ -167,7 +173,7 @@ def measure(name: str, small: bool, size: Size, where: str, deadline: float) -> 
     found.failed |= {f"any, {one}": "left out of --small" for one in size.omitted if one in spec.SPEED}
     for precision in (one for one in ORDER if one in supported(where)):
         with tempfile.TemporaryDirectory() as folder:
-            group = opened(name, chosen, split, {PLAIN: ()} | variants(precision, size), size, where, Path(folder), found, deadline)
+            group = opened(name, chosen, split, variants(precision, size, found.failed), size, where, Path(folder), found, deadline)
             found.rows_s[precision] = take_turns(group, size, batch, found, deadline)
         del group
         gc.collect()
@@ -179,17 +185,17 @@ def measure(name: str, small: bool, size: Size, where: str, deadline: float) -> 
 
 
 def opened(
-    name: str, chosen: dict[str, Any], split: Split, arms: dict[str, tuple[str, ...]], size: Size, where: str, folder: Path, found: Trained, deadline: float
+    name: str, chosen: dict[str, Any], split: Split, arms: Iterable[tuple[str, tuple[str, ...]]], size: Size, where: str, folder: Path, found: Trained, deadline: float
 ) -> dict[str, Running]:
     """The arms that run, each after its first turn."""
     group = {}
-    for number, (arm, means) in enumerate(arms.items()):
+    for number, (arm, means) in enumerate(arms):
         if time.monotonic() > deadline and arm not in (PLAIN, *ORDER):
             found.failed[arm] = "the time was up (--train-budget-s)"
             continue
         extra = {"optimizer": "adamw", "learning_rate": 1e-4} if name == "transformer" else {"learning_rate": 1e-3}
         options = spec.Train(epochs=1, batch_size=chosen[name][2], precision=arm.partition(",")[0], speed=means, checkpoint_every_steps=10**9, use_gpu=where == "cuda", **extra)
-        one = Running(trainer(name, chosen, split, options, where, folder / str(number), found.notes.setdefault(arm, []).append), size.steps)
+        one = Running(trainer(name, chosen, split, options, size.steps * (size.rounds + 2), where, folder / str(number), found.notes.setdefault(arm, []).append), size.steps)
         try:
             found.opened_s[arm] = one.open()
             group[arm] = one
@@ -311,7 +317,7 @@ def report(found: dict[str, Trained], curves: dict[str, list[tuple[float, float]
     """Markdown."""
     text = []
     for name, one in found.items():
-        text += [f"## Training: {name}\n\n{one.macs / 1e6:,.0f} million multiply-accumulates a row forward.\n\n```", *(line for precision in one.rows_s for line in lines(precision, one)), "```\n"]
+        text += [f"## Training: {name}\n\n{one.macs / 1e6:,.1f} million multiply-accumulates a row forward.\n\n```", *(line for precision in one.rows_s for line in lines(precision, one)), "```\n"]
         text += [f"- {arm}: not run: {why}" for arm, why in one.failed.items()]
         text += [f"- {arm}: {note}" for arm, notes in one.notes.items() for note in notes]
     return "\n".join([*text, *told(curves)]) + "\n"
