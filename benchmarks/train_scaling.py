@@ -9,16 +9,17 @@ arm: its step with the exchange less the same step under no_sync, the slower ran
 it costs there (copies, casts to bf16) is the first term of the model:
 
     exposed = local (1 rank, measured) + by how much the exchange lengthens the backward pass + buffers (before the forward pass)
-    exchange of a bucket = 2 (n - 1) alpha + 2 (n - 1) / n * bytes * (1 / (share * rate) + work)
+    exchange of a bucket = the longer of 2 (n - 1) alpha + 2 (n - 1) / n * bytes / (share * rate) and 2 (n - 1) / n * bytes * work
 
 (Hockney 1994's alpha-beta, ring of Patarasu and Yuan 2009, buckets and overlap of Li et al. 2020, arXiv:2006.15704.) When gradients are there is
-measured at 1 rank, without an exchange. Buckets go one after the other, none before its last gradient is there; their `work` is done by the
-core that computes, so what of it falls into the backward pass is not hidden. alpha, share and work are fitted on the FITTED cases alone; errors are of the others.
+measured at 1 rank, without an exchange. Buckets go one after the other, none before its last gradient is there; their `work` is done by the core
+that computes: what of it falls into the backward pass is not hidden, what comes after goes on beside the wire. alpha is half of an all-reduce
+of one number; share and work are fitted on a few cases alone (`fitted`, marked in the table); errors are of the others.
 `wire_over_predicted_bytes`: bytes that both interfaces sent in a block of steps over the exact count, median and range of arms (headers and acknowledgements, at
 the interface, so a large segment has one header); `exposed_ms_1rank`, `exposed_ms_2ranks`: of default buckets in fp32 at the middle rate, median and range of rounds;
 `prediction_error_max`: of the step time; `exposed_error_max`: of the exposed time, the harder one, over cases where that is at least a tenth of
-the step; both as a share of what was measured, `value` the largest, `low` the smallest; `exposed_error_median`, of those cases, and their range. `predicted_efficiency_16`: **a prediction, not a
-measurement**, for GPUs that nobody here has: compute time over step time, `low` and `high` with the network share at half and at all of the rate.
+the step; both as a share of what was measured, `value` the largest, `low` the smallest; `exposed_error_median`: of those cases, and their range.
+`predicted_efficiency_16`: **a prediction, not a measurement**, for GPUs that nobody here has: compute time over step time, `low` and `high` with the network share at half and at all of the rate.
 """
 
 from __future__ import annotations
@@ -176,6 +177,16 @@ def ready_ms(learner: Learner, share: Share, rounds: int = 15) -> tuple[list[flo
     return each, all_of_it
 
 
+def message_ms(rounds: int = 300) -> float:
+    """What a message takes that holds next to nothing: half of an all-reduce of one number, which is two, one after the other."""
+    found = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        distributed.total(torch.zeros(1))
+        found.append(time.perf_counter() - started)
+    return float(np.median(found)) * 1e3 / 2
+
+
 def cap(rate_mbit: int) -> None:
     """What this rank's interface sends a second from now on. The queue is long enough to lose nothing."""
     run("tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", "rate", f"{rate_mbit}mbit", "burst", "128kb", "limit", "16mb")
@@ -192,6 +203,7 @@ def rank_main(rank: int, world: int, rates: Sequence[int], arms: Sequence[Arm], 
         for _ in range(3):
             step(learner, share)  # DDP makes its buckets anew after the first
     facts = [about(arm, *learners[arm], world) for arm in arms]
+    alpha_ms = message_ms() if world > 1 else 0.0
     rng, found = np.random.default_rng(0), []
     for turn in range(rounds + 1):  # the first warms up
         for rate in rng.permutation(rates):
@@ -201,7 +213,7 @@ def rank_main(rank: int, world: int, rates: Sequence[int], arms: Sequence[Arm], 
                 ms = {exchanges: block_ms(*learners[arms[index]], exchanges) for exchanges in order}
                 found += [{"arm": int(index), "rate": int(rate), "with": ms[True], "without": ms[False]}] if turn else []
     if rank == 0:
-        print(json.dumps({"facts": facts, "found": found}), flush=True)
+        print(json.dumps({"facts": facts, "found": found, "alpha_ms": alpha_ms}), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -263,13 +275,13 @@ def ranks(names: Sequence[str], plan: dict[str, Any]) -> dict[str, Any]:
             process.kill()
 
 
-def measured(arms: Sequence[Arm], rates: Sequence[int], rounds: int) -> tuple[list[Case], dict[str, Any]]:
-    """Every case, and what 1 rank took."""
+def measured(arms: Sequence[Arm], rates: Sequence[int], rounds: int) -> tuple[list[Case], dict[str, Any], float]:
+    """Every case, what 1 rank took, and alpha in ms."""
     plan = {"arms": [vars(arm) for arm in arms], "rates": list(rates), "rounds": rounds}
     with link() as names:
         alone = ranks(names[:1], plan | {"rates": list(rates[:1]), "rounds": 2 * rounds})
         both = ranks(names, plan)
-    return [case_of(index, arm, rate, alone, both) for index, arm in enumerate(arms) for rate in rates], alone
+    return [case_of(index, arm, rate, alone, both) for index, arm in enumerate(arms) for rate in rates], alone, both["alpha_ms"]
 
 
 def case_of(index: int, arm: Arm, rate: int, alone: dict[str, Any], both: dict[str, Any]) -> Case:
@@ -280,7 +292,7 @@ def case_of(index: int, arm: Arm, rate: int, alone: dict[str, Any], both: dict[s
     buckets = tuple(Bucket(ready * slower, sent) for ready, sent in zip(single["ready"], fact["sent"], strict=True))
     exact = 2 * sum(fact["sent"]) + fact["buffers"]  # a ring of 2 sends each gradient byte twice, one rank the buffers
     assert fact["exchanged"] == sum(fact["sent"]) + fact["buffers"], "distributed.exchanged_bytes counts otherwise"
-    return Case(arm, rate, *here, float(np.median(one[0] - one[1])), single["backward"] * slower, buckets, fact["buffers"], fact["wire"] / exact)
+    return Case(arm, rate, *here, max(0.0, float(np.median(one[0] - one[1]))), single["backward"] * slower, buckets, fact["buffers"], fact["wire"] / exact)
 
 
 def times(said: dict[str, Any], index: int, rate: int) -> tuple[np.ndarray, np.ndarray]:
@@ -305,7 +317,7 @@ def exposed(case: Case, link: Link, world: int = 2) -> float:
     ring = 2 * (world - 1) / world
     wire = [ring * bucket.sent * 8e-3 / (link.share * case.rate_mbit) + 2 * (world - 1) * link.alpha_ms for bucket in case.buckets]
     work = [ring * bucket.sent / 1e6 * link.work_ms_mb for bucket in case.buckets]
-    buffers = case.buffer_bytes and link.alpha_ms + case.buffer_bytes * (8e-3 / (link.share * case.rate_mbit) + link.work_ms_mb / 1e6)
+    buffers = case.buffer_bytes and link.alpha_ms + case.buffer_bytes * 8e-3 / (link.share * case.rate_mbit)
     return case.local_ms + tail([bucket.ready_ms for bucket in case.buckets], wire, work, case.backward_ms) + buffers
 
 
@@ -313,19 +325,19 @@ def tail(ready_ms: Sequence[float], wire_ms: Sequence[float], work_ms: Sequence[
     """By how much a queue of exchanges lengthens the backward pass: what is left of it when that ends, and the core's time that it took until then."""
     end = taken = 0.0
     for ready, wire, work in zip(ready_ms, wire_ms, work_ms, strict=True):
-        end = max(end, ready + taken) + wire + work
+        end = max(end, ready + taken) + max(wire, work)
         taken += work if end < backward_ms + taken else 0.0
     return max(end, backward_ms + taken) - backward_ms
 
 
-def fit(cases: Sequence[Case]) -> Link:
+def fit(cases: Sequence[Case], alpha_ms: float) -> Link:
     """By least squares of the error over the exposed time, or over a tenth of the step where that is more."""
     scale = [max(case.exposed_ms, 0.1 * float(np.median(case.with_ms))) for case in cases]
 
     def misses(values: np.ndarray) -> list[float]:
-        return [(exposed(case, Link(*values)) - case.exposed_ms) / one for case, one in zip(cases, scale, strict=True)]
+        return [(exposed(case, Link(alpha_ms, *values)) - case.exposed_ms) / one for case, one in zip(cases, scale, strict=True)]
 
-    return Link(*optimize.least_squares(misses, [0.2, 0.9, 1.0], bounds=([0, 0.3, 0], [20, 1.0, 50]), x_scale=[0.2, 0.1, 1.0]).x.tolist())
+    return Link(alpha_ms, *optimize.least_squares(misses, [0.9, 1.0], bounds=([0.3, 0], [1.0, 50]), x_scale=[0.1, 1.0]).x.tolist())
 
 
 def errors(cases: Sequence[Case], link: Link) -> tuple[np.ndarray, np.ndarray]:
@@ -431,10 +443,10 @@ def main() -> None:
     rates = (RATES_MBIT[0], RATES_MBIT[-1]) if options.small else RATES_MBIT
     arms = [Arm(model, compress, mib) for model in (["transformer"] if options.small else MODELS) for compress in ("none", "bf16") for mib in BUCKETS_MIB]
     print(f"{device()}, {os.cpu_count()} CPUs, one thread a rank, torch {torch.__version__}, python {platform.python_version()}, Linux {platform.release()}")
-    cases, alone = measured(arms, rates, 2 if options.small else options.rounds)
-    link = fit([case for case in cases if fitted(case, rates)])
+    cases, alone, alpha_ms = measured(arms, rates, 2 if options.small else options.rounds)
+    link = fit([case for case in cases if fitted(case, rates)], alpha_ms)
     show(cases, link, rates)
-    print(f"fitted: alpha {link.alpha_ms:.3f} ms a message, payload {link.share:.3f} of the rate, {link.work_ms_mb:.2f} ms of a core a MB")
+    print(f"measured: alpha {link.alpha_ms:.3f} ms a message; fitted: payload {link.share:.3f} of the rate, {link.work_ms_mb:.2f} ms of a core a MB")
     figures = figures_of(cases, link, rates, alone) | {"predicted_efficiency_16": predict(options)}
     for name, figure in figures.items():
         print(f"{name}: {figure['value']:.4f} ({figure['low']:.4f} to {figure['high']:.4f})")

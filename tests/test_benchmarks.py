@@ -33,6 +33,6 @@ def test_an_exchange_that_fits_into_the_backward_pass_costs_what_its_core_works_
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import train_scaling
 
-    assert train_scaling.tail([100.0], [30.0], [2.0], 100.0) == 32.0  # one bucket: nothing overlaps
+    assert train_scaling.tail([100.0], [30.0], [2.0], 100.0) == 30.0  # one bucket: nothing overlaps
     assert train_scaling.tail([20.0, 50.0], [10.0, 10.0], [2.0, 2.0], 100.0) == 4.0
     assert train_scaling.tail([20.0, 50.0], [100.0, 100.0], [0.0, 0.0], 100.0) == 120.0  # from 20 to 220, one after the other
