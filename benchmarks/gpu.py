@@ -1,6 +1,6 @@
-"""Everything that a GPU has to show, in one call and without Ray: torch, TensorRT or TensorRT-RTX in every precision, with and without CUDA graphs.
+"""Everything that a GPU has to show, in one call and without Ray: torch, TensorRT or TensorRT-RTX in every precision, with and without CUDA graphs, and training.
 
-    python benchmarks/gpu.py --json --out benchmarks/results/gpu_h200_202611.md
+    python benchmarks/gpu.py --json --data FOLDER --out benchmarks/results/gpu_h200_202611.md     # FOLDER: Fashion-MNIST's four files
     python benchmarks/gpu.py --small          # a minute on a CPU: engines that run there, plans that are only built
 
 A residual CNN and a vision transformer with random weights: speed and the arithmetic's error, not accuracy. A time is that of a whole
@@ -8,7 +8,8 @@ call, rows on the host to answers on the host, for every arm alike; arms are int
 answer, against eager fp32 with tf32 off. `validity` is what RTX says of its plan on this card. Needs torch, onnx, onnxruntime (to
 quantize), numpy, scipy, pydantic, filelock and pyyaml beside a TensorRT; nothing else of the platform's dependencies.
 Figures, for each model: MODEL_b1_speedup (eager fp32 over the fastest TensorRT engine, batch 1), MODEL_b64_speedup, MODEL_graphs_b1
-(fp16 without graphs over with), MODEL_parity_error (fp32's, the largest of any batch).
+(fp16 without graphs over with), MODEL_parity_error (fp32's, the largest of any batch). Of training (gpu_training.py says how): MODEL_train_PRECISION_over_fp32
+(rows a second of the precision's fastest arm over plain fp32's), MODEL_train_PRECISION_mfu on a card whose peak is known, ARM_to_ACCURACY_s.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ import torch
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "platform"))  # a lent machine has no installed package
+
+import gpu_training as training
 
 from portaisys import engine, evaluate, models, spec
 from portaisys.compress.cast import cast
@@ -231,6 +234,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--small", action="store_true", help="small models, few rounds: runs anywhere")
     parser.add_argument("--model", action="append", choices=sorted(FULL), help="default: all; may be repeated")
+    parser.add_argument("--part", choices=("engines", "training", "all"), default="all", help="(default %(default)s)")
+    parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's files, for the time to an accuracy")
+    parser.add_argument("--train-budget-s", type=float, default=270, help="of training; after it only plain arms are opened (default %(default)s)")
     parser.add_argument("--out", type=Path, help="write the results here (markdown)")
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # eager fp32 is the reference
@@ -240,16 +246,18 @@ def main() -> None:
     batches = (1, 4) if options.small else (1, 8, 64)
     rounds = dict.fromkeys(batches, 20) if options.small else {1: 300, 8: 200, 64: 60}
     print(hardware())
-    with tempfile.TemporaryDirectory() as folder:
-        chosen = SMALL if options.small else FULL
-        found = {name: measure(name, chosen, Path(folder) / name, batches, rounds, where) for name in options.model or chosen}
-        said = validity(Path(folder))
+    names, found, said = options.model or [*FULL], {}, "not asked"
+    if options.part != "training":
+        with tempfile.TemporaryDirectory() as folder:
+            found = {name: measure(name, SMALL if options.small else FULL, Path(folder) / name, batches, rounds, where) for name in names}
+            said = validity(Path(folder))
     for name, one in found.items():
         for arm, why in one.built.items():
             print(f"{name}: {arm}: not run: {why}")
-    figures = {figure: value for name, one in found.items() for figure, value in figures_of(name, one).items()}
+    trained = training.run(names, options, where) if options.part != "engines" else ({}, {})
+    figures = {figure: value for name, one in found.items() for figure, value in figures_of(name, one).items()} | training.figures_of(*trained, paired)
     if options.out:
-        options.out.write_text(report(found, hardware(), said))
+        options.out.write_text(report(found, hardware(), said) + training.report(*trained))
     if options.json:
         print(json.dumps({"benchmark": "gpu", "figures": figures}))
 
