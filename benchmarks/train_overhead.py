@@ -11,6 +11,7 @@ The model itself notes when each training pass begins, in both arms (train_probe
 those of torchrun, from the start of the second epoch to the start of the last step, so with whatever lies between steps and epochs; median of
 the paired ratios. `daemon_cpu_share`: CPU seconds that Ray's own processes (gcs_server, raylet, dashboard, agents, controllers, idle workers;
 not the training workers, nor the command's own process) used per second of that time of ours. `startup_s_ray`, `startup_s_torchrun`: from the command to its first step.
+The CPU time of the workers is printed beside it: it says what a step costs however busy the machine is.
 low and high: the least and the most of the pairs, which for the six of a default run is a 97 % interval of the median.
 """
 
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from train_probe import begun, cluster, command, daemons, ended, passes, write_spec
@@ -50,15 +52,16 @@ class Size:
 
 
 FULL = Size({"source": "fashion_mnist", "validation_rows": 340, "calibration_rows": 53260}, (16, 32, 64), 6400, 5, 6)
-SMALL = Size({"source": "digits", "validation_rows": 53, "calibration_rows": 120}, (16, 32), 1024, 3, 2)
+SMALL = Size({"source": "digits", "validation_rows": 53, "calibration_rows": 120}, (16, 32, 64), 1024, 6, 2)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What one command did. `weights`: by name; `shares`: CPU seconds a second of each of Ray's processes in its steady state."""
+    """What one command did. `cpu_ms`: of both workers a step; `weights`: by name; `shares`: CPU seconds a second of each of Ray's processes in its steady state."""
 
     startup_s: float
     rows_per_s: float
+    cpu_ms: float
     losses: list[float]
     weights: dict[str, torch.Tensor]
     shares: dict[str, float]
@@ -76,7 +79,7 @@ class Sampler:
         self._seen: list[tuple[float, dict[int, tuple[str, float]]]] = []
 
     def __call__(self) -> None:
-        if self._due and begun(self._folder)[1] >= self._due[0]:
+        while self._due and begun(self._folder)[1] >= self._due[0]:
             self._due.pop(0)
             self._seen.append((time.monotonic(), daemons(self._pid)))
 
@@ -105,12 +108,19 @@ def measure(arm: str, folder: Path, size: Size, model: dict[str, Any]) -> Arm:
     process = command(*words[arm], log=log)
     sample = Sampler(folder / "passes", process.pid, steps, size.epochs * steps - 2)
     ended(process, log, sample, every_s=0.1)
-    at = passes(folder / "passes", 0)["at"]
-    assert len(at) == size.epochs * steps
+    sample()  # of a training so short that it ended in between
+    each = [passes(folder / "passes", rank)[steps:] for rank in (0, 1)]
+    assert len(each[0]) == len(each[1]) == (size.epochs - 1) * steps
+    first, at = passes(folder / "passes", 0)["at"][0], each[0]["at"]
     weights = next(folder.glob("runs/bench/train/model.safetensors"), folder / "model.safetensors")
     lines = metrics.read(next(folder.glob("runs/bench/logs/train-*.jsonl"), folder / "log.jsonl"))
-    rate = (len(at) - 1 - steps) * BATCH / (at[-1] - at[steps])
-    return Arm(at[0] - began, rate, [line["loss"] for line in lines], load_file(weights), sample.shares())
+    rate = (len(at) - 1) * BATCH / (at[-1] - at[0])
+    return Arm(first - began, rate, 1000 * sum(map(cpu_s, each)), [line["loss"] for line in lines], load_file(weights), sample.shares())
+
+
+def cpu_s(found: np.ndarray) -> float:
+    """CPU seconds a step of one worker, all its threads."""
+    return float(found["cpu"][-1] - found["cpu"][0]) / (len(found) - 1)
 
 
 def same_work(ours: Arm, theirs: Arm) -> str:
@@ -151,7 +161,7 @@ def main() -> None:
                 found[arm].append(measure(arm, Path(folder) / f"{arm}-{pair}", size, model))
             ours, theirs = found[RAY][-1], found[TORCHRUN][-1]
             print(
-                f"pair {pair + 1}: ray {ours.rows_per_s:.1f} rows/s ({BATCH / ours.rows_per_s * 1000:.1f} ms a step), torchrun {theirs.rows_per_s:.1f}, ratio {ours.rows_per_s / theirs.rows_per_s:.4f}; first step after "
+                f"pair {pair + 1}: ray {ours.rows_per_s:.1f} rows/s ({BATCH / ours.rows_per_s * 1000:.1f} ms a step), torchrun {theirs.rows_per_s:.1f}, ratio {ours.rows_per_s / theirs.rows_per_s:.4f}; CPU of both workers {ours.cpu_ms:.1f} and {theirs.cpu_ms:.1f} ms a step; first step after "
                 f"{ours.startup_s:.1f} and {theirs.startup_s:.1f} s; Ray's processes {ours.daemon_share:.4f} CPUs ({theirs.daemon_share:.4f} with torchrun); {same_work(ours, theirs)}",
                 flush=True,
             )

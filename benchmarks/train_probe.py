@@ -1,7 +1,7 @@
 """What the benchmarks of distributed training share: a model that notes its steps, a cluster of their own, and the CPU time of processes.
 
 A residual CNN writes, as each training pass begins, a record into `FOLDER/RANK-PID`: the time (of the monotonic clock, which all processes
-of a machine share), which step it is, and which rows it was given. The step is the count of the first batch norm, which a checkpoint holds,
+of a machine share), the CPU seconds its process has used, which step it is, and which rows it was given. The step is the count of the first batch norm, which a checkpoint holds,
 so a step that is repeated after a restart has its old number. Rows are known by a second channel of the pictures that holds their number.
 So what is noted is what a worker computed on, whoever started it, and no part of the platform has to know.
 """
@@ -53,7 +53,7 @@ class Probed(nn.Module):
 
     def _note(self, x_BCHW: Tensor) -> None:
         record = np.zeros((), record_of(self.rows))
-        record["at"], record["step"] = time.monotonic(), int(self.net[1].num_batches_tracked)
+        record["at"], record["cpu"], record["step"] = time.monotonic(), time.process_time(), int(self.net[1].num_batches_tracked)
         if self.rows:
             record["rows"] = (x_BCHW[:, 1, 0, 0].double() * self.std + self.mean).round().numpy()
         if self.file < 0:
@@ -73,11 +73,11 @@ def probed(channels: Sequence[int], shape: Sequence[int], classes: int, folder: 
 
 
 def record_of(rows: int) -> np.dtype[Any]:
-    return np.dtype([("at", "f8"), ("step", "i8"), ("rows", "i4", (rows,))])
+    return np.dtype([("at", "f8"), ("cpu", "f8"), ("step", "i8"), ("rows", "i4", (rows,))])
 
 
 def passes(folder: Path, rank: int, rows: int = 0) -> np.ndarray:
-    """The training passes of a rank, through all its processes, in order of time: records of `at` in seconds, `step`, `rows`. A torn last one is none."""
+    """The training passes of a rank, through all its processes, in order of time: records of `at` and `cpu` in seconds, `step`, `rows`. A torn last one is none."""
     found = [np.fromfile(file, record_of(rows)) for file in folder.glob(f"{rank}-*")]
     return np.sort(np.concatenate(found), order="at") if found else np.empty(0, record_of(rows))
 
