@@ -26,9 +26,10 @@ import torch
 from portaisys import data, models, spec
 from portaisys.data import Split
 from portaisys.data.sources import Table
+from portaisys.distributed import Place
 from portaisys.precision import supported
 from portaisys.spec import UserError
-from portaisys.train import Place, fit
+from portaisys.train import fit
 
 # Model, shape of a row, rows a batch.
 FULL: dict[str, tuple[Any, tuple[int, ...], int]] = {

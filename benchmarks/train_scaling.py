@@ -44,9 +44,11 @@ import torch.distributed as dist
 from scipy import optimize
 
 from portaisys import distributed, models, spec
+from portaisys.distributed import Place
 from portaisys.engine.cpu import device
 from portaisys.precision import Ladder
-from portaisys.train import Learner, Place, Share, cross_entropy, gradients, make_optimizer, update
+from portaisys.rows import Share
+from portaisys.step import Learner, cross_entropy, gradients, make_optimizer, update
 
 MODELS = {
     "transformer": spec.Transformer(name="transformer", patch=4, dim=256, depth=3, heads=4),

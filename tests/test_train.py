@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import typing
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from portaisys import checkpoint, data, models, spec
 from portaisys.distributed import Place
 from portaisys.rows import shares_of, shift
 from portaisys.spec import UserError
-from portaisys.step import cosine, score
+from portaisys.step import SCHEDULES, rate_factor, score
 from portaisys.train import fit
 
 MODEL = spec.ConvNet(channels=(8, 16), blocks=(1, 1))
@@ -193,11 +195,21 @@ def test_a_batch_larger_than_the_data_is_refused(digits, tmp_path):
         train(digits, tmp_path, batch_size=5000)
 
 
-def test_the_schedule_warms_up_and_ends_near_zero():
-    factors = [cosine(step, 100, 0.1) for step in range(100)]
+@pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.0003), ("linear", 1 / 90), ("constant", 1.0)])
+def test_the_schedule_warms_up_and_ends_near_zero_unless_it_is_constant(schedule, last):
+    factors = [rate_factor(step, 100, 0.1, schedule) for step in range(100)]
     assert factors[0] == pytest.approx(0.1)
     assert max(factors) == factors[9] == 1
-    assert factors[-1] < 0.001
+    assert factors[9:] == sorted(factors[9:], reverse=True)
+    assert factors[-1] == pytest.approx(last, rel=0.1)
+
+
+def test_every_schedule_of_the_spec_is_known_to_the_loop():
+    assert set(typing.get_args(spec.Train.model_fields["schedule"].annotation)) == SCHEDULES.keys()
+
+
+def test_a_constant_rate_without_warm_up_is_constant_from_the_first_step():
+    assert {rate_factor(step, 50, 0.0, "constant") for step in range(50)} == {1.0}
 
 
 def test_a_shifted_picture_is_the_old_one_elsewhere():

@@ -20,9 +20,9 @@ from test_train_ranks import Net, group
 from portaisys import artifact, checkpoint, cluster, data, distributed, metrics, spec, store
 from portaisys.checkpoint import Writer
 from portaisys.data import Split
+from portaisys.distributed import Place
 from portaisys.spec import Stopped, UserError
 from portaisys.stages import kept_notes
-from portaisys.distributed import Place
 from portaisys.train import fit
 from portaisys.watch import Watch, Word, blame, notice
 

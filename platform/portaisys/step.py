@@ -127,15 +127,23 @@ def make_optimizer(model: nn.Module, options: Train) -> torch.optim.Optimizer:
 def set_rate(optimizer: torch.optim.Optimizer, options: Train, step: int, total: int) -> None:
     """The learning rate of a step."""
     for group in optimizer.param_groups:
-        group["lr"] = options.learning_rate * cosine(step, total, options.warmup_fraction)
+        group["lr"] = options.learning_rate * rate_factor(step, total, options.warmup_fraction, options.schedule)
 
 
-def cosine(step: int, total: int, warmup_fraction: float) -> float:
-    """Factor on the learning rate: linear warm-up, then half a cosine (Loshchilov & Hutter 2017, arXiv:1608.03983)."""
+# What is left of the learning rate when a part, 0 to 1, of the way from the end of the warm-up to the last step is done.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),  # Loshchilov & Hutter 2017, arXiv:1608.03983
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+}
+
+
+def rate_factor(step: int, total: int, warmup_fraction: float, schedule: str = "cosine") -> float:
+    """Factor on the learning rate: linear warm-up, then as `schedule` says."""
     warmup = max(1, round(total * warmup_fraction))
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    return SCHEDULES[schedule]((step - warmup) / max(1, total - warmup))
 
 
 def score(model: nn.Module, rows: Split, weights: Mapping[str, Tensor] | None = None, moved: Callable[[], None] = lambda: None) -> float:
