@@ -81,6 +81,8 @@ def _measured(model: nn.Module, options: Train, total: int, place: Place, note: 
 
 def _why_not(means: str, model: nn.Module, options: Train, place: Place) -> str:
     """What stands against a means; empty when nothing does."""
+    if means == "compile" and place.world > 1 and options.ddp.static_graph:
+        return "with ddp.static_graph it is not tested"
     if means != "cuda_graphs":
         return ""
     against = {
@@ -174,7 +176,7 @@ def choose(names: Sequence[str], trial: Callable[[str], Trial], share: Callable[
     def told(column: int, name: str) -> str:
         text = f"{name} {middle[column] * 1e3:.1f} ms"
         if name in failed or column == 0 or bounds[column].isnan():
-            return f"{name}: {failed[name]}" if name in failed else text
+            return f"{name} failed ({failed[name].removeprefix('train.speed: ')})" if name in failed else text
         text += f" (gains {gains[:, column].median().expm1():.1%}, at least {bounds[column].expm1():.1%}" + ("" if agree[column] else "; with another loss")
         return text + (f"; setting it up took {extra[column]:.1f} s, and {steps_left:,.0f} steps save {saved[column]:.1f})" if bounds[column] > 0 and saved[column] <= extra[column] else ")")
 

@@ -189,7 +189,8 @@ def _compiling() -> Iterator[None]:
     try:
         yield
     except torch._dynamo.exc.TorchDynamoException as error:
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        inner = getattr(error, "inner_exception", error)
+        cause = f"{type(inner).__name__}: {(str(inner).strip() or 'no message').splitlines()[0]}"
         raise UserError(f"train.speed: compile does not work for this model here: {cause}; leave compile out, or take train.speed=auto") from error
 
 
