@@ -16,8 +16,8 @@ def free_port():
         return free.getsockname()[1]
 
 
-def until(condition, process):
-    deadline = time.monotonic() + 30
+def until(condition, process, timeout_s=30):
+    deadline = time.monotonic() + timeout_s
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)

@@ -128,10 +128,10 @@ class Watch:
 
 def _newer(seen: tuple[Word | None, float, float] | None, word: Word | None, now: float) -> tuple[Word | None, float, float]:
     """The last word of a rank, when it last moved, and when it last spoke. One that reads its data yet has no marks to make, and may take long."""
-    if seen is None or word is None or not word.moves:
+    if seen is None or (word and not word.moves):
         return word, now, now
     before, moved, _ = seen
-    if word == before:
+    if word is None or word == before:
         return seen
     return word, now if before is None or word.moves != before.moves else moved, now
 
