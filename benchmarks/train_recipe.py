@@ -76,7 +76,11 @@ class Run:
 
     def seconds_to(self, target: float, looks: int) -> float:
         index = self.reached(target, looks)
-        return self.seconds[-1] if index is None else self.seconds[index]
+        return self.seconds[-1 if index is None else index]
+
+    def rows_to(self, target: float, looks: int) -> int:
+        index = self.reached(target, looks)
+        return self.rows[-1 if index is None else index]
 
     def at(self, seconds: float) -> int:
         """The first evaluation after as much training, or the last there is."""
@@ -166,6 +170,8 @@ def time_ratio(runs: dict[tuple[Arm, int], Run], bench: Bench, looks: int) -> di
     ours = [runs[OURS, seed].seconds_to(bench.target, looks) for seed in bench.seeds]
     medians = ", ".join(f"{rate}: {statistics.median(values):.1f}" for rate, values in seconds.items())
     print(f"to {bench.target:.0%} at {looks} look(s): ours {statistics.median(ours):.1f} s; plain SGD {medians}; best {best}{f', which did not get there with seeds {missed}' if missed else ''}")
+    rows = [runs[OURS, seed].rows_to(bench.target, looks) / runs[best, seed].rows_to(bench.target, looks) for seed in bench.seeds]
+    print(f"  in rows, which no other work on the machine changes: {', '.join(f'{ratio:.3f}' for ratio in rows)} of plain SGD's")
     return spread([own / other for own, other in zip(ours, seconds[best], strict=True)])
 
 
