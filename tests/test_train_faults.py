@@ -173,7 +173,7 @@ rank, port = int(sys.argv[1]), int(sys.argv[2])
 store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=60), wait_for_workers=False)
 def hung(text):
     print(text, flush=True)
-with Watch(store, rank, 2, 2.0, hung, f"process {rank}") as watch:
+with Watch(store, rank, 2, 5.0, hung, f"process {rank}") as watch:
     watch.mark(4, "loading" if rank == 1 else "computing")
     print("ready", flush=True)
     for line in sys.stdin:
@@ -196,22 +196,22 @@ def two():
 
 def test_ranks_that_all_wait_say_which_of_them_is_behind(two):
     for process in two:
-        assert process.stdout.readline() == "no worker has moved for 2 s: rank 0 (process 0) is computing step 5, the others are loading the rows of step 6\n"
+        assert process.stdout.readline() == "no worker has moved for 5 s: rank 0 (process 0) is computing step 5, the others are loading the rows of step 6\n"
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_process_is_named_by_the_other_though_it_may_be_the_one_that_keeps_the_store(two, victim):
     os.kill(two[victim].pid, signal.SIGSTOP)
     said = two[1 - victim].stdout.readline()
-    assert said.startswith(f"no worker has moved for 2 s: rank {victim} does not answer"), said
+    assert said.startswith(f"no worker has moved for 5 s: rank {victim} does not answer"), said
 
 
 def test_a_rank_that_validates_for_long_is_not_taken_for_hung(tmp_path):
     """The other waits all the while for longer than the time-out; its watch is looked at while marks come."""
     store, hung = dist.HashStore(), threading.Event()
-    with Watch(store, 0, 2, 1.0, lambda text: hung.set()) as waits, Watch(store, 1, 2, 1.0, lambda text: hung.set()) as busy:
+    with Watch(store, 0, 2, 3.0, lambda text: hung.set()) as waits, Watch(store, 1, 2, 3.0, lambda text: hung.set()) as busy:
         waits.mark(3, "reporting")
-        for _ in range(30):
+        for _ in range(50):
             busy.mark(3, "validating")
             assert not hung.wait(0.1)
         assert hung.wait(30)
