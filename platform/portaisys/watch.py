@@ -107,7 +107,9 @@ class Watch:
             beat += 1
             try:
                 self._store.set(self._keys[self._rank], json.dumps(astuple(replace(self._word, beat=beat))))
-                self._words = {rank: Word(*json.loads(text)) for rank, text in enumerate(self._store.multi_get(self._keys))}
+                spoken = [rank for rank, key in enumerate(self._keys) if self._store.check([key])]  # for what is not there a store waits
+                said = self._store.multi_get([self._keys[rank] for rank in spoken])
+                self._words = {rank: Word(*json.loads(text)) for rank, text in zip(spoken, said, strict=True)}
                 self._answered = time.monotonic()
             except Exception as error:  # its host is gone: that is what is to be told
                 _log.debug("the store of the watch does not answer: %s", error)
@@ -120,7 +122,7 @@ class Watch:
                 seen[rank] = _newer(seen.get(rank), words.get(rank), now)
             if now - max(moved for _, moved, _ in seen.values()) >= self._timeout_s:
                 silent = {rank for rank, (_, _, spoke) in seen.items() if now - spoke > self._timeout_s / 2} - {self._rank}
-                if now - self._answered > self._timeout_s / 2:
+                if self._rank and now - self._answered > self._timeout_s / 2:
                     silent = {0}  # it keeps the store
                 self._hung(f"no worker has moved for {self._timeout_s:g} s: {blame({rank: word for rank, (word, _, _) in seen.items()}, silent)}")
                 return
