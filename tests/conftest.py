@@ -1,4 +1,4 @@
-"""Fixtures that several test modules share: a real S3 server."""
+"""Fixtures that several test modules share: a real S3 server, digits, one thread."""
 
 import os
 import shutil
@@ -56,3 +56,21 @@ def there(rclone, tmp_path, monkeypatch):
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     return folder / "bucket" / tmp_path.name
+
+
+@pytest.fixture
+def one_thread():
+    """So that sums are rounded in one order."""
+    import torch  # here: the conformance tests need neither torch nor this package
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    from portaisys import data, spec
+
+    return data.load(spec.Digits())

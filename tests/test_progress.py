@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from portaisys import artifact, data, launch, metrics, models, report, spec
+from portaisys import artifact, launch, metrics, models, report, spec
 from portaisys.cli import main
 from portaisys.determinism import determined
 from portaisys.progress import Progress, line, mfu, traced, training_flops, use_of
@@ -22,17 +22,7 @@ ROOT = Path(__file__).parents[1]
 STEPS = 13  # of an epoch of digits, 797 rows
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return data.load(spec.Digits())
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Killed(Exception):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from portaisys import checkpoint, data, models, spec
+from portaisys import checkpoint, models, spec
 from portaisys.distributed import Place
-from portaisys.rows import shares_of, shift
+from portaisys.rows import shares_of, shares_of_all, shift
 from portaisys.spec import UserError
 from portaisys.step import SCHEDULES, rate_factor, score
 from portaisys.train import fit
@@ -18,17 +18,7 @@ from portaisys.train import fit
 MODEL = spec.ConvNet(channels=(8, 16), blocks=(1, 1))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return data.load(spec.Digits())
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fresh(digits):
@@ -221,3 +211,8 @@ def test_a_shifted_picture_is_the_old_one_elsewhere():
     assert (y.sum((1, 2, 3)) == 7).all()
     assert places <= {(row, column) for row in range(2, 7) for column in range(2, 7)}
     assert len(places) > 10
+
+
+def test_micro_batches_that_are_not_found_yet_count_as_if_nothing_were_cut():
+    options = spec.Train(batch_size=8, micro_batch="auto", num_workers=2)
+    assert [[len(part) for part in parts] for parts in shares_of_all([np.arange(8)], options)] == [[4], [4]]

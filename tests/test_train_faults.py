@@ -29,11 +29,6 @@ from portaisys.watch import Watch, Word, blame, notice
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return data.load(spec.Digits())
-
-
 # --- asked to leave -----------------------------------------------------------------------------------------------
 
 

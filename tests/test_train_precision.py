@@ -5,24 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from portaisys import data, models, spec
+from portaisys import models, spec
 from portaisys.precision import LIMIT, Ladder, islands, supported
 from portaisys.spec import UserError
 from portaisys.speed import choose
 from portaisys.train import fit
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return data.load(spec.Digits())
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def one(x):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from portaisys import checkpoint, data, launch, models, spec, stages
+from portaisys import checkpoint, launch, models, spec, stages
 from portaisys.data import Split
 from portaisys.data.sources import Table
 from portaisys.distributed import Place
@@ -20,18 +20,7 @@ from portaisys.speed import _order, choose
 from portaisys.step import Captured
 from portaisys.train import fit
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return data.load(spec.Digits())
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -11,14 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from portaisys import data, distributed
 from portaisys.data import Splits
-from portaisys.distributed import Place
-from portaisys.rows import Batches, Plan, shares_of, shuffled
+from portaisys.rows import Batches, Plan, shares_of_all, shuffled
 from portaisys.spec import Spec, Train, UserError
 from portaisys.stages import batches, fresh
 
@@ -59,9 +57,7 @@ def rehearse(options: Spec) -> Rehearsal:
     given = batches(train, splits.train, options.seed)
     plan_of: Batches = given.get("batches") or shuffled(rows, train.batch_size, options.seed)
     plan = Plan(plan_of, train.epochs)
-    if train.micro_batch == "auto":  # found where it runs; until then as if nothing were cut
-        train = train.model_copy(update={"micro_batch": None})
-    shares = _shares(plan_of(0), train, given.get("cut"))
+    shares = shares_of_all(plan_of(0), train, given.get("cut"))
     lengths = splits.train.lengths
     largest = max((part for parts in shares for part in parts), key=lambda part: len(part) * (1 if lengths is None or not len(part) else lengths[part].max()))
     model = fresh(options, splits)
@@ -73,12 +69,6 @@ def rehearse(options: Spec) -> Rehearsal:
         sum(len(part) for parts in shares for part in parts), sum(p.numel() for p in model.parameters()), tuple(splits.shape), output_shape,
         bytes_by, distributed.exchanged_bytes(model, train.ddp, workers),
     )  # fmt: skip
-
-
-def _shares(epoch: Any, train: Train, cut: Any) -> list[list[np.ndarray[Any, np.dtype[np.int64]]]]:
-    """Of every worker in every step of an epoch, its micro-batches."""
-    places = [Place(rank=rank, world=max(1, train.num_workers)) for rank in range(max(1, train.num_workers))]
-    return [list(shares_of(batch, place, train, cut)) for batch in epoch for place in places]
 
 
 def _weighed(model: nn.Module, splits: Splits, train: Train, rows: Any) -> tuple[tuple[int, ...], dict[str, int]]:

@@ -107,6 +107,14 @@ def shares_of(batch: Rows, place: Place, options: Train, cut: Callable[[Rows, in
     return np.array_split(batch[place.rank :: place.world], min(parts, largest))
 
 
+def shares_of_all(epoch: Sequence[Rows], options: Train, cut: Callable[[Rows, int], Sequence[Rows]] | None = None) -> list[Sequence[Rows]]:
+    """Of every worker in every step of an epoch, its micro-batches. `train.micro_batch: auto` is found where it runs; until then as if nothing were cut."""
+    if options.micro_batch == "auto":
+        options = options.model_copy(update={"micro_batch": None})
+    world = max(1, options.num_workers)
+    return [shares_of(batch, Place(rank=rank, world=world), options, cut) for batch in epoch for rank in range(world)]
+
+
 # --- loading ------------------------------------------------------------------------------------------------------
 
 

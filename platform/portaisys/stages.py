@@ -38,7 +38,7 @@ from portaisys.export import INPUT, OUTPUT, export
 from portaisys.judge import DENSE, Subject, judge, save_answers
 from portaisys.microbatch import find_micro_batch, least_of_ranks, memory_limit
 from portaisys.progress import Progress, Row, traced, use_of
-from portaisys.rows import shares_of, shuffled
+from portaisys.rows import shares_of_all, shuffled
 from portaisys.spec import Distill, Spec, Train, UserError
 from portaisys.step import Loss, make_optimizer, score
 from portaisys.train import Mark, Report, fit
@@ -231,11 +231,9 @@ def trained(job: Job, draft: Draft) -> None:
 
 def _waste(options: Train, rows: Split, seed: int) -> float:
     """Of the first epoch, as every worker pads its micro-batches."""
-    given, world = batches(options, rows, seed), max(1, options.num_workers)
+    given = batches(options, rows, seed)
     plan = given.get("batches") or shuffled(len(rows), options.batch_size, seed)
-    places = [Place(rank, world) for rank in range(world)]
-    shares = [part for batch in plan(0) for place in places for part in shares_of(batch, place, options, given.get("cut"))]
-    return waste(rows.lengths, shares)  # type: ignore[arg-type]
+    return waste(rows.lengths, [part for parts in shares_of_all(plan(0), options, given.get("cut")) for part in parts])  # type: ignore[arg-type]
 
 
 def pruned(job: Job, draft: Draft) -> None:
