@@ -112,9 +112,9 @@ class Scrape:
 
 def test_prometheus_reads_of_a_training_what_its_step_log_says(ray_cluster, tmp_path):
     scrape = Scrape()
-    made = launch.train(short(tmp_path, "train.epochs=80", "train.checkpoint_every_steps=200"), scrape)  # some ten seconds, of which Ray exports each half
+    made = launch.train(short(tmp_path, "train.epochs=24", "train.checkpoint_every_steps=100"), scrape)  # half a minute, of which Ray exports each half second
     rows = metrics.read(launch.left_by(made)["log"])
-    assert rows[-1]["samples"] == rows[-1]["attempt_samples"] == 80 * 797 and any("eta_s" in row for row in rows)
+    assert rows[-1]["samples"] == rows[-1]["attempt_samples"] == 24 * 797 and any("eta_s" in row for row in rows)
     found = scrape.series()
     for name, column in (("samples_total", "attempt_samples"), ("steps_total", "attempt_steps"), ("loss", "loss"), ("samples_per_s", "samples_per_s"), ("checkpoint_s", "checkpoint_s")):
         assert {*found[name]} <= {row[column] for row in rows if column in row}, name

@@ -124,6 +124,7 @@ def test_a_notice_a_hung_loader_and_a_stopped_worker_are_survived_and_torn_rows_
     assert "does not answer" in silent and f"process {stopped.pid}" in silent
 
 
+@pytest.mark.slow  # Ray holds a killed driver's places for a minute
 def test_fewer_workers_train_where_that_is_allowed_and_a_killed_driver_is_followed_by_the_same_command(there, tmp_path):
     fewer = ["train.num_workers=4", "train.min_workers=1", "train.micro_batch=16", "train.epochs=30"]
     killed = begin(there, tmp_path, *fewer)

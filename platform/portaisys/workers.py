@@ -22,6 +22,7 @@ from ray.exceptions import RayActorError
 from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import WorkerCallback
 from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client
 from ray.train.v2._internal.util import construct_user_exception_with_traceback
 
 from portaisys.spec import Stopped, UserError
@@ -29,6 +30,10 @@ from portaisys.stages import RESTARTS, keep_note
 from portaisys.watch import Hung, Watch, listen
 
 _GRACE_S = 60.0  # that Ray has for ending a hung process, which otherwise ends itself
+
+# A controller that is killed with its driver claims the cluster's resources for so long still, and the same command run again waits where fewer
+# workers would do. Ray's own 180 s; a controller that lives renews its claim every 20 s.
+autoscaling_coordinator_client.AUTOSCALING_REQUESTS_EXPIRE_TIME_S = 60
 
 _told = threading.Event()
 _log = logging.getLogger(__name__)
