@@ -113,7 +113,8 @@ def measure(arm: str, folder: Path, size: Size, model: dict[str, Any]) -> Arm:
     assert len(each[0]) == len(each[1]) == (size.epochs - 1) * steps
     first, at = passes(folder / "passes", 0)["at"][0], each[0]["at"]
     weights = next(folder.glob("runs/bench/train/model.safetensors"), folder / "model.safetensors")
-    lines = metrics.read(next(folder.glob("runs/bench/logs/train-*.jsonl"), folder / "log.jsonl"))
+    rows = metrics.read(next(folder.glob("runs/bench/logs/train-*.jsonl"), folder / "log.jsonl"))
+    lines = [row for row in rows if "validation_accuracy" in row]  # of whole epochs
     rate = (len(at) - 1) * BATCH / (at[-1] - at[0])
     return Arm(first - began, rate, 1000 * sum(map(cpu_s, each)), [line["loss"] for line in lines], load_file(weights), sample.shares())
 
