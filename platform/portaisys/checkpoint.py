@@ -7,6 +7,7 @@ values by name, not what they mean.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -54,6 +55,15 @@ def state(folder: Path) -> Mapping[str, Any]:
     """What the newest checkpoint's manifest says, empty when there is none that can be read. Files are not looked at."""
     slots = [slot for slot in _by_age(folder) if _step(slot) is not None]
     return artifact.read(slots[0]).scores if slots else {}
+
+
+def foreign(folder: Path, key: str) -> bool:
+    """Whether a checkpoint there carries another key. Files are not looked at."""
+    for slot in SLOTS:
+        with contextlib.suppress(UserError):
+            if artifact.read(folder / slot).key != key:
+                return True
+    return False
 
 
 def by_turn(folder: Path) -> list[str]:

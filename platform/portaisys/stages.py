@@ -116,8 +116,9 @@ def carry_out(
     splits = data.load(options.data)
     model, loss, train = FITS[job.kind](job, options, splits, place.device)
     noted = Path(job.work) / NOTED
-    note = partial(_note, noted, job.key) if place.rank == 0 else _log.warning
-    if place.rank == 0:
+    writes = place.rank == 0 and not checkpoint.foreign(noted.parent, job.key)  # which `fit` refuses, and nothing there may change
+    note = partial(_note, noted, job.key) if writes else _log.warning
+    if writes:
         metrics.append(noted, {"key": job.key, "from": checkpoint.steps(noted.parent), "world": place.world})
     for text in began:
         note(text)
