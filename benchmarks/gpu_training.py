@@ -28,6 +28,7 @@ from portaisys.data import Split
 from portaisys.data.sources import Table
 from portaisys.distributed import Place
 from portaisys.precision import supported
+from portaisys.progress import PEAK_TFLOPS
 from portaisys.spec import UserError
 from portaisys.train import fit
 
@@ -40,9 +41,6 @@ SMALL: dict[str, tuple[Any, tuple[int, ...], int]] = {
     "cnn": (spec.ConvNet(channels=(8, 16), blocks=(1, 1)), (1, 16, 16), 16),
     "transformer": (spec.Transformer(name="transformer", dim=32, depth=1, heads=2), (1, 16, 16), 16),
 }
-# Dense TFLOP/s, without sparsity, from the makers' data sheets: H100 and H200 Tensor Core GPU (SXM), A100 Tensor Core GPU. tf32 and 16 bits on Tensor Cores.
-_HOPPER, _AMPERE = {"fp32": 67.0, "tf32": 494.5, "bf16": 989.5, "fp16": 989.5}, {"fp32": 19.5, "tf32": 156.0, "bf16": 312.0, "fp16": 312.0}
-PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": _HOPPER, "NVIDIA H200": _HOPPER, "NVIDIA A100-SXM4-80GB": _AMPERE, "NVIDIA A100-SXM4-40GB": _AMPERE}
 PLAIN = "fp32"
 ORDER = ("bf16", "tf32", "fp16", "fp32")  # what is left out when the time is up comes last
 TARGETS = (0.91, 0.94)
@@ -223,9 +221,10 @@ def take_turns(group: dict[str, Running], size: Size, batch: int, found: Trained
 
 
 def mfu(arm: str, rows_s: float, macs: int) -> float | None:
-    """Model FLOPs utilisation; None on a card that the table lacks."""
+    """Model FLOPs utilisation; None where the peak is not known."""
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return rows_s * 6 * macs / (PEAK_TFLOPS[card][arm.partition(",")[0]] * 1e12) if card in PEAK_TFLOPS else None
+    peak = PEAK_TFLOPS.get(card, {}).get(arm.partition(",")[0])
+    return rows_s * 6 * macs / (peak * 1e12) if peak else None
 
 
 def lines(precision: str, found: Trained) -> Iterator[str]:

@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from test_train_checkpoint import Killed, killed_at
 
 from portaisys import checkpoint, launch, models, spec, stages
 from portaisys.data import Split
@@ -42,18 +43,6 @@ class Dropping(torch.nn.Module):
 
     def forward(self, x):
         return self.last(torch.nn.functional.dropout(self.norm(self.first(x.flatten(1))).relu(), 0.2, self.training))
-
-
-class Killed(Exception):
-    pass
-
-
-def killed_at(step):
-    def report(metrics, saved):
-        if metrics["step"] >= step:
-            raise Killed
-
-    return report
 
 
 def train(digits, folder, model=None, split=None, note=lambda text: None, report=lambda metrics, saved: None, **changes):
