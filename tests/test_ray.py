@@ -100,22 +100,23 @@ class Scrape:
             with urllib.request.urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=10) as answer:
                 self.pages.append(answer.read().decode())
 
-    def series(self):
-        """Name -> values seen, of the training's metrics; all of one run and stage."""
+    def series(self, run):
+        """Name -> values seen, of this run's training. Workers that have ended, those of other tests too, are told of for a while."""
         found = {}
         for page in self.pages:
             for name, tags, value in re.findall(r"^(?:ray_)?portaisys_train_(\w+){(.*?)} (\S+)$", page, re.MULTILINE):
-                assert 'run="digits"' in tags and 'stage="train"' in tags
-                found.setdefault(name, []).append(float(value))
+                if f'run="{run}"' in tags:
+                    assert 'stage="train"' in tags
+                    found.setdefault(name, []).append(float(value))
         return found
 
 
 def test_prometheus_reads_of_a_training_what_its_step_log_says(ray_cluster, tmp_path):
     scrape = Scrape()
-    made = launch.train(short(tmp_path, "train.epochs=24", "train.checkpoint_every_steps=100"), scrape)  # half a minute, of which Ray exports each half second
+    made = launch.train(short(tmp_path, "name=scraped", "train.epochs=24", "train.checkpoint_every_steps=100"), scrape)  # half a minute, of which Ray exports each half second
     rows = metrics.read(launch.left_by(made)["log"])
     assert rows[-1]["samples"] == rows[-1]["attempt_samples"] == 24 * 797 and any("eta_s" in row for row in rows)
-    found = scrape.series()
+    found = scrape.series("scraped")
     for name, column in (("samples_total", "attempt_samples"), ("steps_total", "attempt_steps"), ("loss", "loss"), ("samples_per_s", "samples_per_s"), ("checkpoint_s", "checkpoint_s")):
         assert {*found[name]} <= {row[column] for row in rows if column in row}, name
     assert found["samples_total"] == sorted(found["samples_total"]) and found["samples_total"][-1] > 797
