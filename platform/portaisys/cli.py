@@ -225,6 +225,10 @@ def run(options: argparse.Namespace) -> None:
 
     resolved = _settled(spec.load(options.file, options.overrides))
     with Screen() as tell:
+        if resolved.compress == "auto":
+            from portaisys import recipes  # which imports Ray
+
+            resolved = recipes.resolved(resolved, tell)
         outcome = launch.run(resolved, tell, promote=not options.no_promote, resume=options.resume)
     closing_table(outcome)
 

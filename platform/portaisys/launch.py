@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,10 +77,12 @@ class Outcome:
 
 
 def plan(options: Spec) -> list[Stage]:
-    """The stages of a spec, in order."""
+    """The stages of a spec, in order. Raises UserError while what to compress is left to a search."""
+    if options.compress == "auto":
+        raise UserError("compress: 'auto' is a search, which `portaisys run` makes first; here give the recipe that it wrote (recipe.yaml in the run's folder)")
     stages = [Stage("train", "train", {}, ("seed", "model", "train"))]
     small = "train"
-    for number, step in enumerate((step for step in options.compress if step.kind != "quantize"), 1):
+    for number, step in enumerate((step for step in options.steps if step.kind != "quantize"), 1):
         parents = {"student": small} | ({"teacher": "train"} if step.kind == "distill" else {})
         small = f"{step.kind}-{number}"
         sections = ("seed", "model", "train") if step.kind == "distill" else ("model",)
@@ -104,6 +107,15 @@ def plan(options: Spec) -> list[Stage]:
     return stages
 
 
+# What a search of recipes ends with, as far as what is judged goes.
+TYPICAL: tuple[Mapping[str, Any], ...] = ({"prune": {}}, {"distill": {}}, {"quantize": {}})
+
+
+def with_recipe(options: Spec, recipe: Sequence[Mapping[str, Any]]) -> Spec:
+    """The spec with these compression steps. Raises SpecError where they do not go together."""
+    return spec.parse({**spec.dump(options), "compress": list(recipe)})
+
+
 QUANTIZES = {"int8": "quantize", "fp8": "quantize-fp8"}
 
 
@@ -123,7 +135,7 @@ def run(options: Spec, tell: Tell, *, promote: bool = True, resume: bool = False
     A name belongs to one spec; `resume`: go on under a name that another spec has used, with all its stages that still hold.
     Raises UserError for anything the user can put right; what was finished before stays as it was.
     """
-    folder = run_folder(options)
+    folder, stages = run_folder(options), plan(options)
     # The number of threads decides in which order sums are rounded: from the spec, not from the machine, and for all stages.
     with artifact.locked(folder), threads(options.train.cpus_per_worker):
         artifact.sweep(folder)
@@ -138,7 +150,7 @@ def run(options: Spec, tell: Tell, *, promote: bool = True, resume: bool = False
         _take_name(options, folder)
         artifacts: dict[str, Artifact] = {}
         reused = []
-        for stage in plan(options):
+        for stage in stages:
             artifacts[stage.name], was_there = _one(options, stage, artifacts, splits, registry, folder, tell)
             reused += [stage.name] if was_there else []
         tell("publish", "writing version and report")
@@ -161,6 +173,26 @@ def produce(options: Spec, target: str, tell: Tell, splits: Splits) -> Artifact:
         for stage in _lineage(plan(options), target):
             artifacts[stage.name], _ = _one(options, stage, artifacts, splits, None, folder, tell)
     return artifacts[target]
+
+
+def take_over(options: Spec, of: Spec, names: Sequence[str]) -> None:
+    """Copy finished stages of another run, with their step logs, to where this one looks for them; whether they hold here their keys tell, as ever."""
+    here, there = run_folder(options), run_folder(of)
+    for name in names:
+        if of.storage.remote and not (there / name).exists():
+            store.pull(f"{of.storage.path}/{of.name}/{name}", there / name)
+        if (there / name).exists() and not (here / name).exists():
+            draft = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=made_folder(here)))
+            shutil.copytree(there / name, draft, dirs_exist_ok=True)
+            artifact.replace(draft, here / name)
+            for log in (there / "logs").glob(f"{name}-*"):
+                shutil.copy2(log, made_folder(here / "logs") / log.name)
+
+
+def made_folder(folder: Path) -> Path:
+    """The folder, which is there then."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def train(options: Spec, tell: Tell, *, resume: bool = False) -> Artifact:
@@ -188,6 +220,8 @@ def _refuse_used_name(options: Spec, folder: Path, resume: bool) -> None:
         {name: value for name, value in tree.items() if name not in _NOT_IN_NAMES}
         for tree in (_filled(yaml.safe_load(file.read_text())), spec.dump(options))
     )
+    if "auto" in (before.get("compress"), now["compress"]):  # which any recipe may be the answer to
+        before["compress"] = now["compress"]
     differ = [told for path, told in spec.changes(before, now).items() if not _NOT_IN_KEYS & {*path.split(".")}]
     if differ:
         told = ", ".join(differ[:3]) + (f" and {len(differ) - 3} more" if len(differ) > 3 else "")
@@ -258,8 +292,9 @@ def preflight(options: Spec, splits: Splits, looks: int) -> None:
     torch.manual_seed(options.seed)
     models.build(options.model, splits.shape, len(splits.labels), splits.mean, splits.std, splits.vocabulary)
     batches(options.train, splits.train, options.seed)
-    low = {name for name in options.precisions if options.engine.backend == "auto" or name in spec.BACKEND_PRECISIONS[options.engine.backend]} - {"fp32"}
-    candidates = sum(stage.kind == "export" for stage in plan(options)) + len(low)
+    planned = options if options.compress != "auto" else with_recipe(options, TYPICAL)
+    low = {name for name in planned.precisions if options.engine.backend == "auto" or name in spec.BACKEND_PRECISIONS[options.engine.backend]} - {"fp32"}
+    candidates = sum(stage.kind == "export" for stage in plan(planned)) + len(low)
     if candidates > 1:
         gate.refuse_undecidable(len(splits.test), options.gate.max_accuracy_drop, options.gate.confidence, looks + candidates)
 

@@ -451,7 +451,8 @@ class Gate(Section):
     latency_pairs: int = Field(300, ge=20)
 
 
-OBJECTIVES = {"validation_error": "min", "validation_accuracy": "max", "latency_ms": "min", "parameters": "min", "macs": "min"}
+OBJECTIVES = {"validation_error": "min", "validation_accuracy": "max", "latency_ms": "min", "parameters": "min", "macs": "min", "size_bytes": "min"}
+GOALS = {"latency": "latency_ms", "size": "size_bytes", "macs": "macs"}
 
 
 class EarlyStop(Section):
@@ -462,9 +463,13 @@ class EarlyStop(Section):
 
 
 class Search(Section):
-    """Hyperparameter search. Read by `tune`, not by `run`; the search space itself is a file of tune_spaces/."""
+    """Hyperparameter search. Read by `tune`, whose search space is a file of tune_spaces/, and by `run` of `compress: auto`, which has a space of its own.
+
+    `goal`: what `compress: auto` makes least, within gate.max_accuracy_drop.
+    """
 
     trials: int = Field(20, ge=1)
+    goal: Literal["latency", "size", "macs"] = "latency"
     max_concurrent: int = Field(1, ge=1)
     seed: int = Field(0, ge=0)
     objectives: dict[str, Literal["min", "max"]] = {"validation_error": "min", "latency_ms": "min", "parameters": "min"}
@@ -528,7 +533,8 @@ class Spec(Section):
     data: Data = Digits()
     model: Model = ConvNet()
     train: Train = Train()
-    compress: tuple[Step, ...] = ()
+    # `auto`: recipes are tried on the validation split and the chosen one is written down (recipes.py).
+    compress: tuple[Step, ...] | Literal["auto"] = ()
     export: Export = Export()
     engine: Engine = Engine()
     gate: Gate = Gate()
@@ -548,19 +554,24 @@ class Spec(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Spec:
-        kinds = [step.kind for step in self.compress]
+        kinds = [step.kind for step in self.steps]
         if "quantize" in kinds[:-1]:
             raise ValueError("compress: quantize works on the exported file, so it must be the last step, and stand once")
         if self.serve.max_batch and self.serve.max_batch > self.export.max_batch:
             raise ValueError(f"serve.max_batch: {self.serve.max_batch} exceeds export.max_batch {self.export.max_batch}, up to which engines are verified")
         for precision in {"int8", "fp8"} & {*(self.engine.precisions or ())}:
-            if "quantize" not in kinds:
+            if "quantize" not in kinds and self.compress != "auto":
                 raise ValueError(f"engine.precisions: {precision!r} needs a quantize step; add '- quantize: {{}}' to compress")
         return self
 
     @property
+    def steps(self) -> tuple[Step, ...]:
+        """The compression steps; none while `auto` has not been resolved."""
+        return () if self.compress == "auto" else self.compress
+
+    @property
     def quantize(self) -> Quantize | None:
-        return self.compress[-1].quantize if self.compress else None
+        return self.steps[-1].quantize if self.steps else None
 
     @property
     def dims(self) -> tuple[tuple[str, int, int, int], ...]:

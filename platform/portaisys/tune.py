@@ -38,7 +38,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search.optuna import OptunaSearch
 from ray.util import placement_group_table, remove_placement_group
 
-from portaisys import artifact, cluster, data, evaluate, launch, metrics, report, spec, stages, store
+from portaisys import artifact, cluster, data, evaluate, launch, metrics, models, report, spec, stages, store
 from portaisys.engine import Engine, options_of
 from portaisys.engine.cache import cache_of, get_or_build, load
 from portaisys.export import INPUT, OUTPUT, export
@@ -94,15 +94,21 @@ class SearchFile(Section):
 
 @dataclass(frozen=True)
 class Problem:
-    """A resolved search. `base`: what the best spec is made from; `shared`: dotted values that only the trials get."""
+    """A resolved search. `base`: what the best spec is made from; `shared`: dotted values that only the trials get.
+
+    `values`: from what is tried to dotted values of the spec, where the two are not the same. `trained`: a spec whose finished training of
+    the dense model is every trial's; with it a trial tells how its answers differ from the dense model's.
+    """
 
     base: Spec
     shared: Mapping[str, Any]
     space: Space
+    values: Callable[[Params], Mapping[str, Any]] = dict
+    trained: Spec | None = None
 
     def trial_spec(self, params: Params, **changes: Any) -> Spec:
         """The spec of a trial. Raises SpecError when values do not go together."""
-        return with_values(self.base, {**self.shared, **params, **changes})
+        return with_values(self.base, {**self.shared, **self.values(params), **changes})
 
     @property
     def digest(self) -> str:
@@ -164,7 +170,10 @@ State = Literal["done", "stopped", "failed", "invalid"]
 
 @dataclass(frozen=True)
 class Trial:
-    """An ended trial. `values`: objective -> value when done; `seconds`: of its process; `because`: empty when done."""
+    """An ended trial. `values`: objective -> value when done; `seconds`: of its process; `because`: empty when done.
+
+    `lost`, `gained`: validation rows that the dense model alone, and the trial alone, answered rightly, where there is a common dense model.
+    """
 
     id: str
     state: State
@@ -172,6 +181,8 @@ class Trial:
     values: Mapping[str, float] | None
     seconds: float
     because: str
+    lost: int | None = None
+    gained: int | None = None
 
 
 def trial_id(params: Params) -> str:
@@ -376,7 +387,7 @@ def _end(result: Mapping[str, Any], error: bool, objectives: Sequence[str]) -> d
     odd = [name for name, value in values.items() if not math.isfinite(value)]
     if odd:
         return {"state": "invalid", "values": None, "seconds": seconds, "because": f"{', '.join(odd)} is not a finite number, so the trial cannot be ranked"}
-    return {"state": "done", "values": values, "seconds": seconds, "because": ""}
+    return {"state": "done", "values": values, "seconds": seconds, "because": ""} | {name: result[name] for name in ("lost", "gained") if name in result}
 
 
 class _Progress(tune.Callback):  # type: ignore[misc]
@@ -518,14 +529,20 @@ def _check_workers(problem: Problem) -> None:
 
 def evaluate_spec(params: Params, report: Report, problem: Problem, folder: str, reference: bytes) -> dict[str, Any]:
     """One trial: its stages up to the last ONNX file, its engine scored on the validation split and timed against a fixed one."""
-    options = _trial_options(problem, params, Path(folder))
+    options = trial_options(problem, params, Path(folder))
     _log.info("trial begins", extra={"run": problem.base.name, "trial": options.name})
     splits = data.load(options.data)
+    if problem.trained:
+        launch.take_over(options, problem.trained, ("train",))
     made = launch.produce(options, _target(options), _reporter(launch.run_folder(options), report), splits)
-    engine = _engine(options, made.file("model.onnx"))
-    answers = evaluate.predict_rows(_runner(engine), splits.validation.x, options.export.max_batch)
-    error = 1 - evaluate.accuracy(answers, splits.validation.y)
-    values = {"validation_error": error, "validation_accuracy": 1 - error, "parameters": float(made.scores["parameters"]), "macs": float(made.scores["macs"])}
+    file = made.file("model.onnx")
+    engine = _engine(options, file)
+    right = evaluate.correct(evaluate.predict_rows(_runner(engine), splits.validation.x, options.export.max_batch), splits.validation.y)
+    error = 1 - float(right.mean())
+    values: dict[str, float] = {"validation_error": error, "validation_accuracy": 1 - error, "size_bytes": file.stat().st_size, **{name: float(made.scores[name]) for name in ("parameters", "macs")}}
+    if problem.trained:
+        before = _right(options, splits)
+        values |= {"lost": int((before & ~right).sum()), "gained": int((~before & right).sum())}
     if "latency_ms" in options.search.objectives:
         row = splits.calibration.x[:1]
         values["latency_ms"] = _relative_ms(options, engine, reference, row)
@@ -534,7 +551,14 @@ def evaluate_spec(params: Params, report: Report, problem: Problem, folder: str,
     return values
 
 
-def _trial_options(problem: Problem, params: Params, folder: Path) -> Spec:
+def _right(options: Spec, splits: data.Splits) -> NDArray[np.bool_]:
+    """Which validation rows the dense model of a run answers rightly."""
+    dense = models.predictor(stages.restore(options, splits, launch.run_folder(options) / "train"))
+    return evaluate.correct(evaluate.predict_rows(dense, splits.validation.x, options.export.max_batch), splits.validation.y)
+
+
+def trial_options(problem: Problem, params: Params, folder: Path) -> Spec:
+    """The spec that a trial runs, under its own name and storage.path; `folder`: of the search."""
     base = problem.base.storage.path
     place = f"{base}/{problem.base.name}/search/trials" if problem.base.storage.remote else str(folder / "trials")
     alone = {} if _workers(problem) else {"train.num_workers": 0}
@@ -627,7 +651,7 @@ def _time_engines(problem: Problem, params: Sequence[Params], folder: str) -> di
     row = data.load(problem.trial_spec({}).data).calibration.x[:1]
     engines = {}
     for values in params:
-        options = _trial_options(problem, values, Path(folder))
+        options = trial_options(problem, values, Path(folder))
         engines[options.name] = _engine(options, _onnx_of(options))
     calls = {name: partial(engine.run, {INPUT: row}) for name, engine in engines.items()}
     ms = evaluate.latency(calls, problem.base.search.latency_rounds, 10, problem.base.search.seed)
@@ -649,7 +673,7 @@ def _onnx_of(options: Spec) -> Path:
 
 def choose(trials: Sequence[Trial], options: Spec) -> tuple[Trial, str]:
     """The best of a front: the fastest (else smallest) whose validation error is within `gate.max_accuracy_drop` of the lowest."""
-    order = next((name for name in ("latency_ms", "macs", "parameters") if name in options.search.objectives), None)
+    order = next((name for name in ("latency_ms", "macs", "parameters", "size_bytes") if name in options.search.objectives), None)
     errors = {trial.id: _error(trial) for trial in trials}
     lowest = min(errors.values())
     near = [trial for trial in trials if errors[trial.id] <= lowest + options.gate.max_accuracy_drop]
@@ -672,7 +696,7 @@ def _write(problem: Problem, folder: Path, trials: Sequence[Trial]) -> Found:
     best, because = choose(on_front, problem.base) if on_front else (None, "no trial came to its end; the reasons stand with the trials")
     best_file = _write_best(problem, folder, best) if best else None
     artifact.write_text(folder / "trials.jsonl", "".join(json.dumps(asdict(trial), sort_keys=True) + "\n" for trial in trials))
-    units = {"latency_ms": "ms", "validation_error": "fraction", "validation_accuracy": "fraction"}
+    units = {"latency_ms": "ms", "size_bytes": "bytes", "validation_error": "fraction", "validation_accuracy": "fraction"}
     chosen = [trial.id for trial in on_front]
     found = {
         "name": problem.base.name, "seed": options.seed, "sampler": "TPE",
@@ -695,5 +719,5 @@ def _distinct(trials: Sequence[Trial]) -> list[Trial]:
 def _write_best(problem: Problem, folder: Path, best: Trial) -> Path:
     """The base spec with the best trial's values; what only the trials had stays out."""
     path = folder / "best.yaml"
-    artifact.write_text(path, spec.to_yaml(with_values(problem.base, {**best.params, "name": f"{problem.base.name}-best"[:63]})))
+    artifact.write_text(path, spec.to_yaml(with_values(problem.base, {**problem.values(best.params), "name": f"{problem.base.name}-best"[:63]})))
     return path
