@@ -10,7 +10,7 @@ import torch
 
 from portaisys import checkpoint, models, spec
 from portaisys.distributed import Place
-from portaisys.rows import shares_of, shares_of_all, shift
+from portaisys.rows import erase, shares_of, shares_of_all, shift
 from portaisys.spec import UserError
 from portaisys.step import SCHEDULES, rate_factor, score
 from portaisys.train import fit
@@ -200,6 +200,19 @@ def test_every_schedule_of_the_spec_is_known_to_the_loop():
 
 def test_a_constant_rate_without_warm_up_is_constant_from_the_first_step():
     assert {rate_factor(step, 50, 0.0, "constant") for step in range(50)} == {1.0}
+
+
+def test_about_every_other_picture_loses_one_rectangle_of_two_to_a_third_of_it():
+    x = torch.ones(400, 3, 28, 28)
+    made = erase(x, torch.Generator().manual_seed(0))
+    holes = made[:, 0] == 0
+    assert torch.equal(made == 0, holes[:, None].expand_as(made))
+    shares = holes.float().mean((1, 2))
+    touched = shares > 0
+    assert 0.42 < touched.float().mean() < 0.58 and 0.015 < shares[touched].min() and shares.max() < 0.36 and shares[touched].max() > 0.25
+    for hole in holes[touched][:50]:
+        assert torch.equal(hole, hole.any(1)[:, None] & hole.any(0)[None, :])
+    assert torch.equal(made, erase(x, torch.Generator().manual_seed(0)))
 
 
 def test_a_shifted_picture_is_the_old_one_elsewhere():

@@ -88,7 +88,7 @@ def test_means_that_change_no_bit_are_not_in_the_key_of_what_is_trained(speed, n
 
 def test_resident_rows_are_those_of_the_host_augmented_alike(digits):
     for rank in (0, 1):
-        plain = loader_of(digits.train, "shift_flip", Place(rank, 2))
+        plain = loader_of(digits.train, "shift_flip_erase", Place(rank, 2))
         kept = resident(plain)
         assert all(equal(load(plain, step), load(kept, step)) for step in range(0, plain.plan.total, 7))
 

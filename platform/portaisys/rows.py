@@ -243,10 +243,10 @@ def augmented(x: Tensor, augment: str, generator: torch.Generator) -> Tensor:
     """The rows as `train.augment` says, where they are. Drawn on the host: the same on every device."""
     if augment != "none":
         x = shift(x, 2, generator)
-    if augment == "shift_flip":
+    if augment in ("shift_flip", "shift_flip_erase"):
         flips = (torch.rand(len(x), generator=generator) < 0.5).to(x.device)
         x = torch.where(flips.view(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
-    return x
+    return erase(x, generator) if augment == "shift_flip_erase" else x
 
 
 def shift(x_BCHW: Tensor, pixels: int, generator: torch.Generator | None = None) -> Tensor:
@@ -258,6 +258,19 @@ def shift(x_BCHW: Tensor, pixels: int, generator: torch.Generator | None = None)
     rows = (down[:, None] + count(H))[:, None, :, None]
     columns = (right[:, None] + count(W))[:, None, None, :]
     return padded[count(B)[:, None, None, None], count(x_BCHW.shape[1])[None, :, None, None], rows, columns]
+
+
+def erase(x_BCHW: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Every other picture with a rectangle of 2 to 33 % of it, sides 0.3 to 3.3, made 0 (random erasing, Zhong et al. 2020, arXiv:1708.04896, section 3.2)."""
+    B, _, H, W = x_BCHW.shape
+    erased, area, aspect, top, left = torch.rand(5, B, generator=generator)
+    pixels, ratio = (0.02 + 0.31 * area) * H * W, 0.3 ** (1 - 2 * aspect)
+    height, width = (pixels * ratio).sqrt().clamp(max=H).round(), (pixels / ratio).sqrt().clamp(max=W).round()
+    top, left = (top * (H + 1 - height)).floor(), (left * (W + 1 - width)).floor()
+    y, x = torch.arange(H)[None, :], torch.arange(W)[None, :]
+    rows, columns = (y >= top[:, None]) & (y < (top + height)[:, None]), (x >= left[:, None]) & (x < (left + width)[:, None])
+    hole = rows[:, None, :, None] & columns[:, None, None, :] & (erased < 0.5)[:, None, None, None]
+    return x_BCHW.masked_fill(hole.to(x_BCHW.device), 0.0)
 
 
 def mix(*numbers: int) -> int:

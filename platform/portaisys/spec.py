@@ -260,7 +260,7 @@ class Train(Section):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     clip_norm: float | None = Field(5.0, gt=0)
     ema_decay: float | None = Field(None, gt=0, lt=1)
-    augment: Literal["none", "shift", "shift_flip"] = "none"
+    augment: Literal["none", "shift", "shift_flip", "shift_flip_erase"] = "none"
     num_workers: int = Field(0, ge=0)
     min_workers: int | None = Field(None, ge=0)
     use_gpu: bool = False
