@@ -209,7 +209,7 @@ def test_about_every_other_picture_loses_one_rectangle_of_two_to_a_third_of_it()
     assert torch.equal(made == 0, holes[:, None].expand_as(made))
     shares = holes.float().mean((1, 2))
     touched = shares > 0
-    assert 0.42 < touched.float().mean() < 0.58 and 0.015 < shares[touched].min() and shares.max() < 0.36 and shares[touched].max() > 0.25
+    assert 0.42 < touched.float().mean() < 0.58 and shares[touched].min() > 0.015 and shares.max() < 0.36 and shares[touched].max() > 0.25
     for hole in holes[touched][:50]:
         assert torch.equal(hole, hole.any(1)[:, None] & hole.any(0)[None, :])
     assert torch.equal(made, erase(x, torch.Generator().manual_seed(0)))
