@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from portaisys import artifact, checkpoint, data, evaluate, metrics, models, spec
+from portaisys import artifact, checkpoint, data, evaluate, memory, metrics, models, spec
 from portaisys.artifact import Artifact, Draft, write_arrays
 from portaisys.compress.cast import with_islands
 from portaisys.compress.distill import distillation
@@ -122,7 +122,7 @@ def carry_out(
         metrics.append(noted, {"key": job.key, "from": checkpoint.steps(noted.parent), "world": place.world})
     for text in began:
         note(text)
-    with determined(train.determinism, note):  # not around a model's first try on the CPU, which says nothing of the device
+    with determined(train.determinism, note), memory.kept(place.device):  # not around a model's first try on the CPU, which says nothing of the device
         train = _with_micro_batch(options, splits, train, place, checkpoint.state(Path(job.work)), note)
         with traced(trace_file(job.log), train.profile_steps if place.rank == 0 else 0, note) as stepped:
             model = fit(

@@ -6,6 +6,7 @@ Knows neither where rows come from nor how many steps there are.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -39,6 +40,21 @@ class Learner:
     loss: Loss
     options: Train
     place: Place
+
+    @functools.cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """Of the model, listed once: finding them walks through every module."""
+        return [*self.model.parameters()]
+
+
+def seed_step(seed: int, device: str) -> None:
+    """What a step draws at random on the host and on its device follows from `seed`.
+
+    torch.manual_seed seeds every kind of device, and notes a stack trace for those that are not there: half a millisecond.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.startswith("cuda"):
+        torch.cuda.manual_seed(seed)
 
 
 def gradients(learner: Learner, shares: Sequence[Share], precision: str) -> Tensor:
@@ -74,7 +90,7 @@ def update(learner: Learner, precision: str) -> bool:
     They are the same on all ranks by then, and so is their norm: all decide alike and need not ask. Reading it is the only wait for
     the device in a step; the next batch is loaded before it, and fp16's scaler would wait in any case.
     """
-    parameters, half = [*learner.model.parameters()], precision == "fp16"
+    parameters, half = learner.parameters, precision == "fp16"
     if half:
         learner.ladder.scaler.unscale_(learner.optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -30,7 +30,7 @@ from portaisys.progress import Progress, recent
 from portaisys.rows import Batches, Loader, Plan, Rows, Share, loading, mix, shares_of, shuffled
 from portaisys.spec import Stopped, Train, UserError
 from portaisys.speed import Note, settle
-from portaisys.step import Learner, Loss, arranged, cross_entropy, diagnose, gradients, make_optimizer, score, set_rate, update
+from portaisys.step import Learner, Loss, arranged, cross_entropy, diagnose, gradients, make_optimizer, score, seed_step, set_rate, update
 
 Report = Callable[[dict[str, float], Path | None], None]
 Mark = Callable[[int, str], None]
@@ -105,14 +105,15 @@ def fit(
         ahead = load(start)
         for step in range(start, plan.total):
             mark(step, "computing")
-            trained.train()
+            if step == start or not model.training:  # validation turned it off; the call walks through every module
+                trained.train()
             set_rate(learner.optimizer, options, step, plan.total)
             shares, ahead = ahead, []
             _copy_all(kept, buffers)  # running statistics, which an overflow would spoil for good
 
             precision: str | None = ladder.precision
             while precision:
-                torch.manual_seed(mix(seed, step, place.rank))
+                seed_step(mix(seed, step, place.rank), place.device)
                 value = gradients(learner, shares, precision)
                 ahead = ahead or load(step + 1)  # now, while a GPU computes what `update` waits for
                 if update(learner, precision):
