@@ -72,7 +72,7 @@ def test_auto_is_no_recipe_where_no_search_comes_first(tmp_path):
 def test_a_margin_that_cannot_be_decided_is_refused_before_anything_is_tried(tmp_path):
     with pytest.raises(UserError, match=r"gate\.max_accuracy_drop: 0\.001 cannot be decided"):
         recipes.resolved(auto(tmp_path, "gate.max_accuracy_drop=0.001"), lambda *told, **more: None)
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs/digits").exists()
 
 
 @pytest.mark.cluster

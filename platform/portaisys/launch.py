@@ -194,7 +194,7 @@ def train(options: Spec, tell: Tell, *, resume: bool = False) -> Artifact:
     splits = data.load(options.data)
     preflight(options, splits, 0)
     _take_name(options, folder)
-    return produce(options, "train", tell, splits)
+    return produce(options if options.compress != "auto" else with_recipe(options, ()), "train", tell, splits)
 
 
 # What may differ between two runs of one name: it changes where and how a run is watched over, not what it computes.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -378,6 +378,12 @@ class Step(Section):
         return typing.cast("Prune | Sparsify | Distill | Quantize", getattr(self, self.kind))
 
 
+# Told apart by a function: errors then speak of the one that was meant.
+Compress = Annotated[
+    Annotated[tuple[Step, ...], Tag("steps")] | Annotated[Literal["auto"], Tag("auto")], Discriminator(lambda given: "auto" if isinstance(given, str) else "steps")
+]
+
+
 # --- export, engine, gate, search, serve, storage -----------------------------------------------------------------
 
 
@@ -534,7 +540,7 @@ class Spec(Section):
     model: Model = ConvNet()
     train: Train = Train()
     # `auto`: recipes are tried on the validation split and the chosen one is written down (recipes.py).
-    compress: tuple[Step, ...] | Literal["auto"] = ()
+    compress: Compress = ()
     export: Export = Export()
     engine: Engine = Engine()
     gate: Gate = Gate()
@@ -687,10 +693,10 @@ def _explain(item: Any) -> str:
 
 def _without_tags(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
     """Drop the tag pydantic puts after a discriminated section ('data', 'npz', 'path')."""
-    return loc[:1] + loc[2:] if len(loc) > 1 and loc[0] in ("data", "model") and loc[1] in _TAGS else loc
+    return loc[:1] + loc[2:] if len(loc) > 1 and loc[0] in ("data", "model", "compress") and loc[1] in _TAGS else loc
 
 
-_TAGS = {"digits", "fashion_mnist", "npz", "text", "factory", "convnet", "transformer", "text_transformer"}
+_TAGS = {"steps", "auto", "digits", "fashion_mnist", "npz", "text", "factory", "convnet", "transformer", "text_transformer"}
 
 
 def _nearest(section: type[Section], key: str) -> str:

@@ -38,7 +38,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search.optuna import OptunaSearch
 from ray.util import placement_group_table, remove_placement_group
 
-from portaisys import artifact, cluster, data, evaluate, launch, metrics, models, report, spec, stages, store
+from portaisys import artifact, cluster, data, evaluate, launch, metrics, models, report, spec, stages, store, training
 from portaisys.engine import Engine, options_of
 from portaisys.engine.cache import cache_of, get_or_build, load
 from portaisys.export import INPUT, OUTPUT, export
@@ -523,7 +523,7 @@ def _check_workers(problem: Problem) -> None:
     train, at_once = problem.trial_spec({}).train, problem.base.search.max_concurrent
     what = f"workers ({at_once} trials at once x train.num_workers)"
     cluster.refuse_unplaceable(
-        "search.max_concurrent", what, at_once * _workers(problem), launch.per_worker(train), train.label_selector, cluster.nodes(), cluster.grows_to()
+        "search.max_concurrent", what, at_once * _workers(problem), training.per_worker(train), train.label_selector, cluster.nodes(), cluster.grows_to()
     )
 
 
