@@ -76,6 +76,7 @@ def main() -> None:
                 log.write(json.dumps({"epoch": epoch + 1, "step": step, "loss": losses.item() / steps / world, "validation_accuracy": right / len(x_val)}) + "\n")
     if rank == 0:
         save_file(model.state_dict(), folder / "model.safetensors")
+    dist.barrier()  # a rank that leaves while the other still writes may be ended by its own exchange threads
     dist.destroy_process_group()
 
 
