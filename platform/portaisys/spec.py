@@ -96,7 +96,7 @@ class Npz(_Data):
 
 
 class Text(_Data):
-    """Texts with labels, as ids of a tokenizer learnt from the train split alone (byte-level BPE).
+    """Texts with labels, as ids of a tokenizer learnt from the train split alone (byte-level BPE), or of `tokenizer`, the tokenizer.json of a model that is trained on.
 
     `kind`: `wordnet` is the nouns' glosses by topic, of Debian's wordnet-base; `file` is a user's own .tsv or .jsonl with `text` and
     `label`; `vader` is movieReviewSnippets_GroundTruth.txt of VADER's data, positive or not. Texts are cut at `max_tokens`.
@@ -105,6 +105,7 @@ class Text(_Data):
     source: Literal["text"]
     kind: Literal["wordnet", "file", "vader"] = "wordnet"
     path: str = ""
+    tokenizer: str = ""
     max_tokens: int = Field(128, ge=2)
     # 256 bytes and the padding are always in it.
     vocabulary: int = Field(8000, ge=300)

@@ -140,20 +140,40 @@ KINDS: dict[str, Callable[[Path], Iterator[tuple[str, str]]]] = {"wordnet": _wor
 
 
 def _learn(bare: Table, texts: Sequence[str], train: NDArray[np.int64], options: spec.Text) -> Table:
-    """The table with ids, of a tokenizer that has seen the train rows alone."""
-    tokenizer = learn_tokenizer([texts[index] for index in train], options.vocabulary)
-    ids = [one.ids for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    """The table with ids, of the user's own tokenizer or of one that has seen the train rows alone."""
+    own = bool(options.tokenizer)
+    tokenizer = own_tokenizer(Path(options.tokenizer).expanduser()) if own else learn_tokenizer([texts[index] for index in train], options.vocabulary)
+    ids = [one.ids for one in tokenizer.encode_batch_fast(texts, add_special_tokens=own)]
     whole = np.array([len(one) for one in ids], np.int64)
     if not whole.all():
         raise UserError(f"data.path: {options.file}: the text {texts[int(whole.argmin())]!r} is nothing but characters that the tokenizer leaves out; leave such rows out")
-    lengths = np.minimum(whole, options.max_tokens)
-    flat = np.concatenate([np.array(one[: options.max_tokens], np.int32) for one in ids])
     tokenizer.enable_truncation(options.max_tokens)  # what is kept cuts as what was trained on
+    for index in np.flatnonzero(whole > options.max_tokens):  # by the tokenizer, which keeps the marks of begin and end
+        ids[index] = tokenizer.encode(texts[index], add_special_tokens=own).ids
+    lengths = np.array([len(one) for one in ids], np.int64)
     about = tokenizer.to_str()
     return replace(
-        bare, rows=_padded(flat, lengths), lengths=lengths, tokens=Tokens(texts, tokenizer.get_vocab_size(), about), learn=None,
+        bare, rows=_padded(np.concatenate([np.array(one, np.int32) for one in ids]), lengths), lengths=lengths, tokens=Tokens(texts, tokenizer.get_vocab_size(), about), learn=None,
         digest=hashlib.sha256(f"{bare.digest}{about}".encode()).hexdigest(), notes=_cut(whole, options.max_tokens),
     )  # fmt: skip
+
+
+def own_tokenizer(path: Path) -> Any:
+    """A tokenizer.json of HuggingFace's tokenizers, without its padding and truncation. Raises UserError when there is none, or 0 is not its padding."""
+    from tokenizers import Tokenizer
+
+    if not path.is_file():
+        raise UserError(f"data.tokenizer: no file {path}; write the path of a tokenizer.json, or leave it out to learn one")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises Exception itself
+        raise UserError(f"data.tokenizer: {path} is no tokenizer.json: {error}") from None
+    zero = tokenizer.get_added_tokens_decoder().get(PAD_ID)
+    if zero is None or not zero.special:
+        raise UserError(f"data.tokenizer: {path}: id 0 is {tokenizer.id_to_token(PAD_ID)!r}, and texts are padded with 0; give a tokenizer whose padding is 0")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def learn_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:
