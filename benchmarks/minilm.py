@@ -58,10 +58,11 @@ class Layer(nn.Module):
 
 
 class MiniLM(nn.Module):
-    """ids_BT, mask_BT int64 -> sentence embeddings [B, dim], float32: the mean over the mask, of length 1."""
+    """ids_BT, mask_BT int64 -> sentence embeddings [B, dim], float32: the mean over the mask, of length 1 where `unit`."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], unit: bool = True) -> None:
         super().__init__()
+        self.unit = unit
         dim, eps = config["hidden_size"], config["layer_norm_eps"]
         self.words, self.positions, self.kinds = (nn.Embedding(config[size], dim) for size in ("vocab_size", "max_position_embeddings", "type_vocab_size"))
         self.norm = nn.LayerNorm(dim, eps)
@@ -74,12 +75,30 @@ class MiniLM(nn.Module):
         for layer in self.layers:
             x_BTD = layer(x_BTD, bias_B11T)
         seen_BT1 = seen_BT.unsqueeze(2)
-        return F.normalize((x_BTD * seen_BT1).sum(1) / seen_BT1.sum(1), dim=1)
+        mean_BD = (x_BTD * seen_BT1).sum(1) / seen_BT1.sum(1)
+        return F.normalize(mean_BD, dim=1) if self.unit else mean_BD
 
 
-def model() -> MiniLM:
+class Classifier(nn.Module):
+    """ids_BT, 0 for padding -> logits [B, classes]: the sentence's mean, dropout, a linear head."""
+
+    def __init__(self, encoder: MiniLM, classes: int) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(encoder.words.embedding_dim, classes)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        logits: Tensor = self.head(F.dropout(self.encoder(ids_BT, (ids_BT != 0).long()), 0.1, self.training))
+        return logits
+
+
+def classifier(classes: int) -> Classifier:
+    """A `factory` of a spec (minilm:classifier): the trained encoder under a head that is not."""
+    return Classifier(model(unit=False), classes)
+
+
+def model(unit: bool = True) -> MiniLM:
     """With the trained weights, in evaluation mode."""
-    made = MiniLM(json.loads((MODEL_DIR / "config.json").read_text()))
+    made = MiniLM(json.loads((MODEL_DIR / "config.json").read_text()), unit)
     tensors = {_renamed(name): tensor for name, tensor in load_file(MODEL_DIR / "model.safetensors").items()}
     made.load_state_dict({name: tensors[name] for name in made.state_dict()})
     return made.eval()
