@@ -283,9 +283,6 @@ def _fixed(model: nn.Module, classes: int) -> Iterator[str]:
     yield from heads[-1:]
     for name, _ in parts.attentions(model):
         yield from (f"{name}.{part}" for part in parts.PROJECTIONS)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            yield from (inner for inner, _ in module.named_modules(prefix=name))
 
 
 def _kept(model: nn.Module, keep: Sequence[str]) -> Iterator[str]:

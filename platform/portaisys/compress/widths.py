@@ -69,7 +69,7 @@ def _groups(model: nn.Module, inputs: Sequence[Tensor], options: Prune, bounds: 
         root = names[group[0].dep.target.module]
         if kind not in options.what or bounds.kept & layers.keys() or root in bounds.unfit:
             continue
-        if reason := _unfit(group, layers):
+        if reason := _unfit(graph, group, layers):
             bounds.unfit[root] = reason
         elif (scores := _scores(graph, group, terms)) is not None:
             parts = max(_parts(layer) for layer in layers.values())
@@ -86,17 +86,20 @@ def traced(model: nn.Module, inputs: Sequence[Tensor]) -> Any:
         raise UserError(f"compress.prune: what depends on what in this model cannot be followed: {error}; remove the step, or set what to [blocks]") from error
 
 
-def _unfit(group: Any, layers: Mapping[str, nn.Module]) -> str:
+def _unfit(graph: Any, group: Any, layers: Mapping[str, nn.Module]) -> str:
     """Why the channels of a group cannot leave; empty when they can."""
     for name, layer in layers.items():
         if not can_follow(layer):
             return f"tied to {name}, a {type(layer).__name__}, which cannot be pruned"
     parts = max(_parts(layer) for layer in layers.values())
     for dep, idxs in group:
-        grouped = isinstance(dep.target.module, nn.Module) and _parts(dep.target.module) > 1
-        # One unit leaves in every part at once, so parts must lie alike in all that is tied.
-        if grouped and (parts % _parts(dep.target.module) or len(idxs) != len(group[0].idxs)):
-            return f"tied to a {type(dep.target.module).__name__} of {_parts(dep.target.module)} groups, which do not lie as they would have to"
+        layer = dep.target.module
+        if not isinstance(layer, nn.Module) or _parts(layer) == 1:
+            continue
+        # One unit leaves in every part at once, so all parts must be among what leaves, and lie alike in all that is tied.
+        whole = graph.get_out_channels(dep.target) if graph.is_out_channel_pruning_fn(dep.handler) else graph.get_in_channels(dep.target)
+        if parts % _parts(layer) or not len(idxs) == len(group[0].idxs) == whole:
+            return f"tied to a {type(layer).__name__} of {_parts(layer)} groups, which do not lie as they would have to"
     return ""
 
 
