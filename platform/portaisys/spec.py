@@ -316,8 +316,8 @@ class Prune(Section):
     stage (convnet) or of the neurons of each block (transformer), once: what a search over stages varies.
     `what` may leave: channels of convolutions, `neurons` of linear layers (a transformer's feed-forward), whole attention `heads`, whole
     residual `blocks`. `importance`: `norm` of the weights; `taylor`, weight times gradient on training rows (Molchanov et al. 2019,
-    arXiv:1906.10771); `activation`, mean size on calibration rows times the norm of the weights that read it. Of blocks: how much the
-    loss on calibration rows grows without one. `scope`: the least important of each `layer`, or of all (`global`). `steps`: as many
+    arXiv:1906.10771); `activation`, how much it varies on calibration rows, times the weights that read it (An et al. 2024, arXiv:2312.11983). Of
+    blocks: how much the loss on calibration rows grows without one. `scope`: the least important of each `layer`, or of all (`global`). `steps`: as many
     times a little leaves, and importance is asked anew; 1: it is asked once, and as little leaves as will do.
     `round_to`: widths stay multiples of it, 16 bytes where a GPU computes: 8 of fp16, 16 of int8; 8 fp32 numbers are also one vector of AVX2.
     `keep`: names of modules in which nothing changes.
