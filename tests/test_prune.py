@@ -91,6 +91,18 @@ class Packed(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+class Derived(nn.Module):
+    """Attention whose heads are as wide as the layers allow, so that it would run on with channels in the wrong head."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x):
+        q, k, v = (layer(x).reshape(*x.shape[:2], 4, -1).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        return (torch.softmax(q @ k.transpose(2, 3), 3) @ v).transpose(1, 2).flatten(2)
+
+
 class Own(nn.Module):
     def __init__(self):
         super().__init__()
@@ -100,7 +112,19 @@ class Own(nn.Module):
         return self.attention(x, x, x)[0]
 
 
-LAYERS = {"lstm": lambda: nn.LSTM(32, 32, batch_first=True), "ties": Ties, "packed": Packed, "torch": Own}
+class Reshape(nn.Module):
+    """Takes its channels for a table of a fixed size."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(32, 64), nn.Linear(16, 32)
+
+    def forward(self, x):
+        return self.narrow(self.wide(x).reshape(*x.shape[:2], 4, 16).sum(2))
+
+
+UNKNOWN = "its channels are those of an attention whose heads are not known"
+LAYERS = {"reshape": Reshape, "lstm": lambda: nn.LSTM(32, 32, batch_first=True), "ties": Ties, "packed": Packed, "derived": Derived, "torch": Own}
 FACTORY = spec.ModelFactory(name="factory", factory=f"{__name__}:Wrapped", options={"kind": "packed"})
 
 
@@ -348,7 +372,9 @@ def test_a_kept_layer_that_does_not_exist_is_refused_with_the_nearest():
     [
         ("lstm", {"net.middle": "a LSTM cannot be pruned", "net.first": "tied to net.middle, a LSTM"}),
         ("ties", {"net.first": "tied to a Conv1d of 4 groups", "net.middle.even": "tied to a Conv1d of 4 groups"}),
-        ("packed", {"net.middle.packed": "without a part of it it no longer runs"}),
+        ("packed", {"net.middle.packed": UNKNOWN}),
+        ("derived", {"net.middle.query": UNKNOWN}),
+        ("reshape", {"net.middle.wide": "without a part of it it no longer runs"}),
         ("torch", {"net.first": "tied to net.middle.attention, a MultiheadAttention"}),
     ],
 )

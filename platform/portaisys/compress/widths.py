@@ -91,6 +91,9 @@ def _unfit(graph: Any, group: Any, layers: Mapping[str, nn.Module]) -> str:
     for name, layer in layers.items():
         if not can_follow(layer):
             return f"tied to {name}, a {type(layer).__name__}, which cannot be pruned"
+    # Heads as wide as the layer allows would take channels over from each other, and nothing would fail.
+    if any(mark in str(getattr(dep.target.module, "_grad_fn", "")) for dep, _ in group for mark in ("ScaledDotProduct", "Softmax")):
+        return "its channels are those of an attention whose heads are not known"
     parts = max(_parts(layer) for layer in layers.values())
     for dep, idxs in group:
         layer = dep.target.module
