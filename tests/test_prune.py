@@ -123,8 +123,20 @@ class Reshape(nn.Module):
         return self.narrow(self.wide(x).reshape(*x.shape[:2], 4, 16).sum(2))
 
 
+class Buffer(nn.Module):
+    """Multiplies with a tensor that is no parameter, so that nothing says it would have to be cut too."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.register_buffer("scale", torch.ones(64))
+
+    def forward(self, x):
+        return self.narrow(self.wide(x) * self.scale)
+
+
 UNKNOWN = "its channels are those of an attention whose heads are not known"
-LAYERS = {"reshape": Reshape, "lstm": lambda: nn.LSTM(32, 32, batch_first=True), "ties": Ties, "packed": Packed, "derived": Derived, "torch": Own}
+LAYERS = {"reshape": Reshape, "buffer": Buffer, "lstm": lambda: nn.LSTM(32, 32, batch_first=True), "ties": Ties, "packed": Packed, "derived": Derived, "torch": Own}
 FACTORY = spec.ModelFactory(name="factory", factory=f"{__name__}:Wrapped", options={"kind": "packed"})
 
 
@@ -373,8 +385,9 @@ def test_a_kept_layer_that_does_not_exist_is_refused_with_the_nearest():
         ("lstm", {"net.middle": "a LSTM cannot be pruned", "net.first": "tied to net.middle, a LSTM"}),
         ("ties", {"net.first": "tied to a Conv1d of 4 groups", "net.middle.even": "tied to a Conv1d of 4 groups"}),
         ("packed", {"net.middle.packed": UNKNOWN}),
-        ("derived", {"net.middle.query": UNKNOWN}),
-        ("reshape", {"net.middle.wide": "without a part of it it no longer runs"}),
+        ("derived", {"net.middle.value": UNKNOWN}),
+        ("reshape", {"net.middle.wide": "tied to a Linear in a way that cannot be followed"}),
+        ("buffer", {"net.middle.wide": "without a part of it it no longer runs"}),
         ("torch", {"net.first": "tied to net.middle.attention, a MultiheadAttention"}),
     ],
 )

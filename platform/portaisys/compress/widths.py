@@ -97,11 +97,13 @@ def _unfit(graph: Any, group: Any, layers: Mapping[str, nn.Module]) -> str:
     parts = max(_parts(layer) for layer in layers.values())
     for dep, idxs in group:
         layer = dep.target.module
-        if not isinstance(layer, nn.Module) or _parts(layer) == 1:
+        if not isinstance(layer, (nn.Linear, *CONVOLUTIONS, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)):
             continue
-        # One unit leaves in every part at once, so all parts must be among what leaves, and lie alike in all that is tied.
         whole = graph.get_out_channels(dep.target) if graph.is_out_channel_pruning_fn(dep.handler) else graph.get_in_channels(dep.target)
-        if parts % _parts(layer) or not len(idxs) == len(group[0].idxs) == whole:
+        if not 0 <= min(idxs) <= max(idxs) < whole:
+            return f"tied to a {type(layer).__name__} in a way that cannot be followed"
+        # One unit leaves in every part at once, so all parts must be among what leaves, and lie alike in all that is tied.
+        if _parts(layer) > 1 and (parts % _parts(layer) or not len(idxs) == len(group[0].idxs) == whole):
             return f"tied to a {type(layer).__name__} of {_parts(layer)} groups, which do not lie as they would have to"
     return ""
 
@@ -198,7 +200,7 @@ def taylor(model: nn.Module, losses: Losses) -> Terms:
         model.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         for layer in layers:
-            if layer.weight.grad is None:  # type: ignore[union-attr]
+            if layer.weight.grad is None:
                 continue
             for side in ("out", "in"):
                 found[layer, side] = found.get((layer, side), torch.zeros(())) + _change(layer, side).abs()
@@ -237,7 +239,8 @@ def activation(model: nn.Module, losses: Losses) -> Terms:
         if side == "out" or layer not in sums or not _counts(layer):
             return None
         mean, square = sums[layer] / batches
-        return (square - mean.square()).clamp(min=0) * _by_channel(layer.weight.detach().square(), layer, "in")
+        varies: Tensor = (square - mean.square()).clamp(min=0)
+        return varies * _by_channel(layer.weight.detach().square(), layer, "in")
 
     return terms
 
