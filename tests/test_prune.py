@@ -387,7 +387,7 @@ def test_a_kept_layer_that_does_not_exist_is_refused_with_the_nearest():
         ("packed", {"net.middle.packed": UNKNOWN}),
         ("derived", {"net.middle.value": UNKNOWN}),
         ("reshape", {"net.middle.wide": "tied to a Linear in a way that cannot be followed"}),
-        ("buffer", {"net.middle.wide": "without a part of it it no longer runs"}),
+        ("buffer", {"net.middle.wide": "without a part of it the model no longer runs"}),
         ("torch", {"net.first": "tied to net.middle.attention, a MultiheadAttention"}),
     ],
 )

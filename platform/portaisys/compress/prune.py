@@ -312,13 +312,17 @@ def _fault(model: nn.Module, case: _Case) -> str:
         with torch.no_grad():
             answers = model(*case.inputs)
     except FAULTS as error:
-        return f"it no longer runs ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})"
-    return "" if answers.shape == case.answers else f"it gives {tuple(answers.shape)} in place of {tuple(case.answers)}"
+        return f"the model no longer runs ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})"
+    return "" if answers.shape == case.answers else f"the model gives {tuple(answers.shape)} in place of {tuple(case.answers)}"
 
 
 def _check(model: nn.Module, case: _Case) -> None:
     if fault := _fault(model, case):
-        raise UserError(f"compress.prune: pruning broke the model's output: {fault}; end it with a Linear or Conv2d that gives the logits, or name in keep what must stay")
+        raise _broken(fault)
+
+
+def _broken(fault: str) -> UserError:
+    return UserError(f"compress.prune: pruning broke the model's output: {fault}; end it with a Linear or Conv2d that gives the logits, or name in keep what must stay")
 
 
 def _find_unfit(case: _Case) -> None:
@@ -339,10 +343,10 @@ def _find_unfit(case: _Case) -> None:
     for name, tied in names:
         if fault := _trial_fault(case, name):
             if last in tied:
-                raise UserError(f"compress.prune: pruning broke the model's output: {fault}; end it with a Linear or Conv2d that gives the logits, or name in keep what must stay")
+                raise _broken(fault)
             case.bounds.unfit[name] = f"without a part of it {fault}"
     if fault := _trial_fault(case, None):
-        raise UserError(f"compress.prune: pruning broke the model's output: {fault}; name in keep what must stay")
+        raise _broken(fault)
 
 
 def _trial_fault(case: _Case, name: str | None) -> str:
