@@ -311,22 +311,38 @@ class Train(Section):
 
 
 class Prune(Section):
-    """Structured pruning until at least these fractions of the multiply-accumulates and parameters are gone.
+    """Structured pruning until at least these fractions of the multiply-accumulates, parameters and latency are gone (0: no target).
 
-    Or, with `ratios`, this fraction of the channels of each stage (convnet) or of the neurons of each block
-    (transformer), once: what a search over stages varies.
+    Latency is that of the fp32 file in ONNX Runtime, at batch 1 on one thread. Or, with `ratios`, this fraction of the channels of each
+    stage (convnet) or of the neurons of each block (transformer), once: what a search over stages varies.
+    `what` may leave: channels of convolutions, `neurons` of linear layers (a transformer's feed-forward), whole attention `heads`, whole
+    residual `blocks`. `importance`: `norm` of the weights; `taylor`, weight times gradient on training rows (Molchanov et al. 2019,
+    arXiv:1906.10771); `activation`, how much it varies on calibration rows, times the weights that read it (An et al. 2024, arXiv:2312.11983). Of
+    blocks: how much the loss on calibration rows grows without one. `scope`: the least important of each `layer`, or of all (`global`). `steps`: as many
+    times a little leaves, and importance is asked anew; 1: it is asked once, and as little leaves as will do.
+    `round_to`: widths stay multiples of it, 16 bytes where a GPU computes: 8 of fp16, 16 of int8; 8 fp32 numbers are also one vector of AVX2.
+    `keep`: names of modules in which nothing changes.
     """
 
-    mac_cut: float = Field(0.5, gt=0, lt=1)
+    what: tuple[Literal["channels", "neurons", "heads", "blocks"], ...] = Field(("channels", "neurons"), min_length=1)
+    importance: Literal["norm", "taylor", "activation"] = "norm"
+    scope: Literal["layer", "global"] = "layer"
+    mac_cut: float = Field(0.5, ge=0, lt=1)
     parameter_cut: float = Field(0.0, ge=0, lt=1)
+    latency_cut: float = Field(0.0, ge=0, lt=1)
     ratios: tuple[Annotated[float, Field(ge=0, lt=1)], ...] | None = None
     round_to: int = Field(8, ge=1)
     steps: int = Field(20, ge=1)
+    keep: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _one_target(self) -> Prune:
-        if self.ratios is not None and (self.mac_cut, self.parameter_cut) != (0.5, 0.0):
-            raise ValueError(".ratios: they decide what is cut, so mac_cut and parameter_cut cannot be met as well; leave those out")
+        if self.ratios is not None and (self.mac_cut, self.parameter_cut, self.latency_cut) != (0.5, 0.0, 0.0):
+            raise ValueError(".ratios: they decide what is cut, so mac_cut, parameter_cut and latency_cut cannot be met as well; leave those out")
+        if self.ratios is not None and "blocks" in self.what:
+            raise ValueError(".ratios: they are of widths; leave blocks out of what, or take mac_cut")
+        if not any((self.mac_cut, self.parameter_cut, self.latency_cut)):
+            raise ValueError(".mac_cut: there is no target; set mac_cut, parameter_cut or latency_cut above 0")
         return self
 
 

@@ -238,12 +238,13 @@ def _waste(options: Train, rows: Split, seed: int) -> float:
 
 
 def pruned(job: Job, draft: Draft) -> None:
-    """prune: the parent's model with fewer channels."""
+    """prune: the parent's model with fewer channels, heads or blocks; its notes list what could not be pruned."""
     model = restore(job.spec, job.splits, job.parents["student"].path)
-    figures = prune(model, job.splits.shape, spec.Prune(**job.options), len(job.splits.labels))
+    figures = prune(model, job.splits.shape, spec.Prune(**job.options), len(job.splits.labels), job.splits, job.spec.seed)
     models.save(model, draft.path / WEIGHTS)
     _describe(model, job, draft)
     draft.scores.update(figures)
+    draft.notes.extend(f"compress.prune left as it was {layer}" for layer in figures["skipped"])
 
 
 def sparsified(job: Job, draft: Draft) -> None:

@@ -1,6 +1,6 @@
 """Models: one table, one file an architecture. Every model takes raw rows, numbers or token ids; normalisation of numbers is its first layer.
 
-`build` makes one from a spec section, `rebuild` makes a pruned one from the shapes of its weights (no pickle),
+`build` makes one from a spec section, `rebuild` makes a pruned one from the names and shapes of its weights (no pickle),
 `count` gives parameters and multiply-accumulates. Knows nothing of data sets or training.
 """
 
@@ -124,10 +124,15 @@ def source_digest(options: Any) -> dict[str, str]:
 
 def count(model: nn.Module, shape: Sequence[int]) -> dict[str, int]:
     """`parameters` and `macs` (multiply-accumulates of one row, of the longest text: half of torch's FLOP count)."""
+    return count_inputs(model, (example(model, shape, 1),))
+
+
+def count_inputs(model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, int]:
+    """The same of a model of any inputs: `inputs` are one row of each."""
     counter = FlopCounterMode(display=False)
     # The counter knows no fused CPU attention kernel and would count it as nothing; the plain one it does know.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        copy.deepcopy(model).eval()(example(model, shape, 1))
+        copy.deepcopy(model).eval()(*inputs)
     return {"parameters": sum(p.numel() for p in model.parameters()), "macs": counter.get_total_flops() // 2}
 
 
@@ -158,19 +163,41 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: no readable safetensors file ({error}); delete its folder and run the stage again") from None
 
 
+class Skip(nn.Module):
+    """Where a block has left: gives its first input on. Its tensor without elements is how `rebuild` knows of it from the weights alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer(SKIPPED, torch.zeros(0))
+
+    def forward(self, x: Tensor, *rest: Any, **named: Any) -> Tensor:
+        return x
+
+
+SKIPPED = "skipped"
+
 # What follows the shape of a layer's weight, by layer type: attribute -> dimension of the weight.
 _ATTRIBUTES: dict[type[nn.Module], dict[str, int]] = {
     nn.Linear: {"out_features": 0, "in_features": 1},
+    nn.Embedding: {"num_embeddings": 0, "embedding_dim": 1},
     nn.BatchNorm1d: {"num_features": 0},
     nn.BatchNorm2d: {"num_features": 0},
+    nn.GroupNorm: {"num_channels": 0},
 }
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def can_follow(module: nn.Module) -> bool:
+    """Whether `rebuild` can give this layer another width: it is to be read off its weight."""
+    return isinstance(module, (*CONVOLUTIONS, nn.LayerNorm, *_ATTRIBUTES)) and module.weight is not None
 
 
 def rebuild(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give `model` the weights `tensors` (a state dict), changing layer widths in place where shapes differ.
+    """Give `model` the weights `tensors` (a state dict), changing layer widths in place where shapes differ and leaving out the blocks that have left.
 
     Raises UserError when the names differ: the tensors belong to another model.
     """
+    _leave_out(model, tensors)
     state = model.state_dict()
     if state.keys() != tensors.keys():
         odd = sorted(state.keys() ^ tensors.keys())
@@ -179,22 +206,30 @@ def rebuild(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)
         if leaf in owner._parameters and owner._parameters[leaf] is not None:
-            owner._parameters[leaf] = nn.Parameter(tensor.clone())
+            owner._parameters[leaf] = nn.Parameter(tensor.detach().clone())
         else:
-            owner._buffers[leaf] = tensor.clone()
+            owner._buffers[leaf] = tensor.detach().clone()
     for module in model.modules():
         _follow_weight(module)
 
 
+def _leave_out(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    modules = dict(model.named_modules())
+    for name, tensor in tensors.items():
+        block, _, leaf = name.rpartition(".")
+        if leaf == SKIPPED and not tensor.numel() and block in modules:
+            model.set_submodule(block, Skip())
+
+
 def _follow_weight(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, CONVOLUTIONS):
         # A grouped convolution's weight is [out, in / groups]; only a depthwise one changes its groups when pruned.
-        depthwise = module.groups == module.in_channels
+        depthwise = module.groups == module.in_channels == module.out_channels
         module.out_channels = module.weight.shape[0]
         module.groups = module.out_channels if depthwise and module.groups > 1 else module.groups
         module.in_channels = module.weight.shape[1] * module.groups
     elif isinstance(module, nn.LayerNorm) and module.weight is not None:
         module.normalized_shape = tuple(module.weight.shape)
-    for attribute, dim in _ATTRIBUTES.get(type(module), {}).items():
+    for attribute, dim in next((follows for kind, follows in _ATTRIBUTES.items() if isinstance(module, kind)), {}).items():
         if isinstance(module.weight, Tensor):
             setattr(module, attribute, module.weight.shape[dim])

@@ -13,13 +13,17 @@ from portaisys.spec import UserError
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. `head_dim` is stored, so that pruning may change the width around it."""
+    """Multi-head self-attention. `head_dim` is stored, so that pruning may change the width around it; how many heads there are follows from the weights."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.head_dim = heads, dim // heads
+        self.head_dim = dim // heads
         self.q, self.k, self.v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.out = nn.Linear(dim, dim)
+
+    @property
+    def heads(self) -> int:
+        return self.q.out_features // self.head_dim
 
     def forward(self, x_BTD: Tensor, bias_B11T: Tensor | None = None) -> Tensor:
         q, k, v = (self._split(layer(x_BTD)) for layer in (self.q, self.k, self.v))
