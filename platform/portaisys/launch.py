@@ -31,7 +31,23 @@ from portaisys.engine import TYPED, available, backend
 from portaisys.progress import Row, line
 from portaisys.registry import Registry, Version, open_registry
 from portaisys.spec import Spec, Stopped, UserError
-from portaisys.stages import FITS, NOTED, NOTES, RESTARTS, STAGES, WEIGHTS, Fit, Job, batches, carry_out, kept_notes, threads, trace_file
+from portaisys.stages import (
+    FITS,
+    NOTED,
+    NOTES,
+    RESTARTS,
+    STAGES,
+    WEIGHTS,
+    Fit,
+    Job,
+    batches,
+    carry_out,
+    kept_notes,
+    refuse_unteachable,
+    teacher_digest,
+    threads,
+    trace_file,
+)
 from portaisys.watch import notice
 
 _log = logging.getLogger(__name__)
@@ -80,10 +96,16 @@ def plan(options: Spec) -> list[Stage]:
     stages = [Stage("train", "train", {}, ("seed", "model", "train"))]
     small = "train"
     for number, step in enumerate((step for step in options.compress if step.kind != "quantize"), 1):
-        parents = {"student": small} | ({"teacher": "train"} if step.kind == "distill" else {})
+        parents = {"student": small}
+        if step.distill:
+            teacher = "train" if step.distill.teacher is None else f"teacher-{number}"
+            if teacher != "train":
+                stages.append(Stage(teacher, "teacher", {}, (), {"teacher": step.distill.model_dump()["teacher"]}))
+            parents = ({} if step.distill.student else parents) | {"teacher": teacher}
         small = f"{step.kind}-{number}"
         sections = ("seed", "model", "train") if step.kind == "distill" else ("model",)
-        stages.append(Stage(small, step.kind, parents, sections, step.options.model_dump()))
+        # Of a distillation what is not asked for is no part of its key: it was made by the same steps before there were such things to ask for.
+        stages.append(Stage(small, step.kind, parents, sections, step.options.model_dump(exclude_none=step.kind == "distill")))
     exported = {"dense": "export-dense"} | ({"small": "export-small"} if small != "train" else {})
     stages += [Stage(name, "export", {"model": small if role == "small" else "train"}, ("seed", "export", "model")) for role, name in exported.items()]
     smallest = list(exported.values())[-1]
@@ -258,6 +280,9 @@ def preflight(options: Spec, splits: Splits, looks: int) -> None:
     torch.manual_seed(options.seed)
     models.build(options.model, splits.shape, len(splits.labels), splits.mean, splits.std, splits.vocabulary)
     batches(options.train, splits.train, options.seed)
+    for step in options.compress:
+        if isinstance(step, spec.Step) and step.distill:
+            refuse_unteachable(options, splits, step.distill)
     low = {name for name in options.precisions if options.engine.backend == "auto" or name in spec.BACKEND_PRECISIONS[options.engine.backend]} - {"fp32"}
     candidates = sum(stage.kind == "export" for stage in plan(options)) + len(low)
     if candidates > 1:
@@ -330,6 +355,10 @@ def _sections(options: Spec, stage: Stage) -> dict[str, Any]:
             found["train"]["sync_batchnorm"] = True
     if "model" in found:
         found["model"] |= models.source_digest(options.model)
+    if stage.options.get("student") and (source := models.source_digest(spec.model_of(stage.options["student"]))):
+        found["student"] = source
+    if stage.kind == "teacher":
+        found["teacher"] = teacher_digest(options, stage.options["teacher"])
     return found
 
 

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import nn
 from portaisys import artifact, checkpoint, data, evaluate, metrics, models, spec
 from portaisys.artifact import Artifact, Draft, write_arrays
 from portaisys.compress.cast import with_islands
-from portaisys.compress.distill import distillation
+from portaisys.compress.distill import Distillation, Pairs, Pupil, Teach, answered_by, inherit, paired, projections, shown_by
 from portaisys.compress.prune import prune
 from portaisys.compress.quantize import quantize
 from portaisys.compress.sparsify import keep_zeros, sparsify
@@ -38,12 +38,14 @@ from portaisys.export import INPUT, OUTPUT, export
 from portaisys.judge import DENSE, Subject, judge, save_answers
 from portaisys.microbatch import find_micro_batch, least_of_ranks, memory_limit
 from portaisys.progress import Progress, Row, traced, use_of
+from portaisys.registry import Fetched, fetch
 from portaisys.rows import shares_of_all, shuffled
-from portaisys.spec import Distill, Spec, Train, UserError
+from portaisys.spec import Distill, ModelFactory, Spec, TeacherFactory, Train, UserError
 from portaisys.step import Loss, make_optimizer, score
 from portaisys.train import Mark, Report, fit
 
 WEIGHTS, NOTES, TOKENIZER = "model.safetensors", "notes.json", "tokenizer.json"
+MODEL, ANSWERS = "model.json", "fp32.onnx"  # the model section of weights that are not of the run's own; what a teacher from the registry is
 NOTED, RESTARTS = "notes.jsonl", "restarts.jsonl"  # of all attempts at a training, by those who train and by who restarts them
 
 
@@ -95,10 +97,26 @@ def fresh(options: Spec, splits: Splits) -> nn.Module:
 
 
 def restore(options: Spec, splits: Splits, folder: Path) -> nn.Module:
-    """The model of a finished stage, pruned or not."""
+    """The model of a finished stage, pruned or not, of the run's section or of the one that lies beside it."""
+    if (folder / MODEL).exists():
+        options = _with_model(options, spec.model_of(json.loads((folder / MODEL).read_text())))
     model = fresh(options, splits)
     models.rebuild(model, models.load_weights(folder / WEIGHTS))
     return model.eval()
+
+
+def _with_model(options: Spec, section: spec.Model) -> Spec:
+    return options.model_copy(update={"model": section})
+
+
+def _write_section(section: spec.Model, folder: Path) -> None:
+    (folder / MODEL).write_text(json.dumps(section.model_dump(mode="json"), sort_keys=True))
+
+
+def keep_section(parent: Artifact, draft: Draft) -> None:
+    """What is made of a model of another section than the run's is one too."""
+    if MODEL in parent.files:
+        shutil.copyfile(parent.file(MODEL), draft.path / MODEL)
 
 
 # --- stages that train ------------------------------------------------------------------------------------------
@@ -114,25 +132,26 @@ def carry_out(
     """
     options = spec.parse(job.spec)
     splits = data.load(options.data)
-    model, loss, train = FITS[job.kind](job, options, splits, place.device)
+    training = FITS[job.kind](job, options, splits, place.device)
+    model, train = training.model, training.options
     noted = Path(job.work) / NOTED
     writes = place.rank == 0 and not checkpoint.foreign(noted.parent, job.key)  # which `fit` refuses, and nothing there may change
     note = partial(_note, noted, job.key) if writes else _log.warning
     if writes:
         metrics.append(noted, {"key": job.key, "from": checkpoint.steps(noted.parent), "world": place.world})
-    for text in began:
+    for text in (*began, *training.notes):
         note(text)
     with determined(train.determinism, note):  # not around a model's first try on the CPU, which says nothing of the device
         train = _with_micro_batch(options, splits, train, place, checkpoint.state(Path(job.work)), note)
         with traced(trace_file(job.log), train.profile_steps if place.rank == 0 else 0, note) as stepped:
             model = fit(
                 model, splits.train, train, folder=Path(job.work), key=job.key, about=job.about, seed=options.seed, validation=splits.validation,
-                loss=loss, **batches(train, splits.train, options.seed), report=report, note=note, progress=_progress(model, options, splits, train, place, between, stepped),
+                loss=training.loss, prepare=training.prepare, begin=training.begin, **batches(train, splits.train, options.seed), report=report, note=note, progress=_progress(model, options, splits, train, place, between, stepped),
                 leave=leave, mark=mark, place=place,
             )  # fmt: skip
     if place.rank == 0:
         artifact.write_text(Path(job.work) / NOTES, json.dumps(kept_notes(noted, job.key)))
-        models.save(model, Path(job.work) / WEIGHTS)
+        models.save(training.saved(model), Path(job.work) / WEIGHTS)
 
 
 def trace_file(log: str | Path) -> Path:
@@ -204,20 +223,72 @@ def kept_notes(file: Path, key: str) -> list[str]:
     return [*dict.fromkeys(row["note"] for row in rows if "note" in row), *told]
 
 
-def _dense(job: Fit, options: Spec, splits: Splits, device: str) -> tuple[nn.Module, Loss | None, Train]:
-    return fresh(options, splits), None, options.train
+@dataclass(frozen=True)
+class Training:
+    """What a Fit comes to for `fit`. `saved`: of what was trained, the model that is kept; `notes`: what is to be told of how it begins."""
+
+    model: nn.Module
+    options: Train
+    loss: Loss | None = None
+    prepare: Callable[[nn.Module], nn.Module] = lambda model: model
+    begin: Callable[[int, int], None] = lambda step, total: None
+    saved: Callable[[nn.Module], nn.Module] = lambda model: model
+    notes: list[str] = field(default_factory=list)
 
 
-def _distilled(job: Fit, options: Spec, splits: Splits, device: str) -> tuple[nn.Module, Loss | None, Train]:
+def _dense(job: Fit, options: Spec, splits: Splits, device: str) -> Training:
+    return Training(fresh(options, splits), options.train)
+
+
+def _distilled(job: Fit, options: Spec, splits: Splits, device: str) -> Training:
     recipe = Distill(**job.options)
-    student = restore(options, splits, Path(job.parents["student"]))
-    keep_zeros(student)  # of a sparsified one
-    teacher = restore(options, splits, Path(job.parents["teacher"])).to(device)
     train = options.train.model_copy(update={"epochs": recipe.epochs, "learning_rate": recipe.learning_rate})
-    return student, distillation(teacher, recipe), train
+    folder = Path(job.parents["teacher"])
+    teacher = None if (folder / ANSWERS).exists() else restore(options, splits, folder)
+    student, notes = _student(job, recipe, options, splits, teacher)
+    pairs = paired(student, teacher, recipe) if teacher else {}
+    prepare = _pupil(student, teacher, pairs, options.seed, splits) if teacher and pairs else None
+    teach = _teaching(teacher.to(device), pairs) if teacher else answered_by(_answering(options, folder / ANSWERS))
+    loss = Distillation(teach, recipe)
+    if not prepare:
+        return Training(student, train, loss, begin=loss.begin, notes=notes)
+    notes += [f"compress.distill.{kind}: {', '.join(f'{own} as {other}' for own, other in found)}" for kind, found in pairs.items()]
+    if "relations" in pairs and _in_parts(train):
+        notes.append("compress.distill.relations: they are between the rows of one worker's micro-batch, not of the whole batch, so other workers or another micro_batch learn from other pairs")
+    train = train.model_copy(update={"fp32_modules": tuple(f"student.{name}" for name in train.fp32_modules)})
+    return Training(student, train, loss, prepare, loss.begin, lambda pupil: pupil.student, notes)  # type: ignore[arg-type, return-value]
 
 
-FITS: dict[str, Callable[[Fit, Spec, Splits, str], tuple[nn.Module, Loss | None, Train]]] = {"train": _dense, "distill": _distilled}
+def _in_parts(train: Train) -> bool:
+    return bool(train.micro_batch or train.tokens_per_batch) or max(1, train.num_workers) * train.accumulate_steps > 1
+
+
+def _student(job: Fit, recipe: Distill, options: Spec, splits: Splits, teacher: nn.Module | None) -> tuple[nn.Module, list[str]]:
+    """The student, and what is to be told of how it begins."""
+    if recipe.student is None:
+        student = restore(options, splits, Path(job.parents["student"]))
+        keep_zeros(student)  # of a sparsified one
+        return student, []
+    student = fresh(_with_model(options, recipe.student), splits)
+    if not teacher:
+        return student, ["compress.distill.student: it begins with fresh weights, since a teacher from the registry is a file without layers to take"]
+    taken, of = inherit(student, teacher)
+    return student, [f"compress.distill.student: {taken} of its {of} weight tensors begin as the teacher's, those of equal shapes"]
+
+
+def _teaching(teacher: nn.Module, pairs: Pairs) -> Teach:
+    return shown_by(teacher, {kind: [other for _, other in found] for kind, found in pairs.items()})
+
+
+def _pupil(student: nn.Module, teacher: nn.Module, pairs: Pairs, seed: int, splits: Splits) -> Callable[[nn.Module], nn.Module]:
+    """`prepare` of `fit`. The projections are drawn on the host from the seed: the same on every rank and device."""
+    torch.manual_seed(seed)
+    made = projections(student, teacher, pairs, models.example(student, splits.shape, 2))
+    names = {kind: [own for own, _ in found] for kind, found in pairs.items()}
+    return lambda model: Pupil(model, names, made).to(next(model.parameters()).device)
+
+
+FITS: dict[str, Callable[[Fit, Spec, Splits, str], Training]] = {"train": _dense, "distill": _distilled}
 
 
 def trained(job: Job, draft: Draft) -> None:
@@ -225,6 +296,10 @@ def trained(job: Job, draft: Draft) -> None:
     work = job.train()
     shutil.copyfile(work / WEIGHTS, draft.path / WEIGHTS)
     draft.notes.extend(json.loads((work / NOTES).read_text()))
+    if (section := job.options.get("student")) is not None:
+        _write_section(spec.model_of(section), draft.path)
+    elif "student" in job.parents:
+        keep_section(job.parents["student"], draft)
     _describe(restore(job.spec, job.splits, draft.path), job, draft)
     if job.splits.train.lengths is not None:
         draft.scores["padding_waste"] = _waste(job.spec.train, job.splits.train, job.spec.seed)
@@ -242,6 +317,7 @@ def pruned(job: Job, draft: Draft) -> None:
     model = restore(job.spec, job.splits, job.parents["student"].path)
     figures = prune(model, job.splits.shape, spec.Prune(**job.options), len(job.splits.labels))
     models.save(model, draft.path / WEIGHTS)
+    keep_section(job.parents["student"], draft)
     _describe(model, job, draft)
     draft.scores.update(figures)
 
@@ -251,6 +327,7 @@ def sparsified(job: Job, draft: Draft) -> None:
     model = restore(job.spec, job.splits, job.parents["student"].path)
     figures = sparsify(model, spec.Sparsify(**job.options))
     models.save(model, draft.path / WEIGHTS)
+    keep_section(job.parents["student"], draft)
     _describe(model, job, draft)
     draft.scores.update(figures)
 
@@ -258,6 +335,84 @@ def sparsified(job: Job, draft: Draft) -> None:
 def _describe(model: nn.Module, job: Job, draft: Draft) -> None:
     draft.scores.update(models.count(model, job.splits.shape))
     draft.scores["validation_accuracy"] = score(model, job.splits.validation)
+
+
+# --- teachers from elsewhere --------------------------------------------------------------------------------------
+
+
+def teacher_digest(options: Spec, teacher: Any) -> dict[str, str]:
+    """What of a teacher no spec holds: the version that a reference means now, or a factory's code."""
+    return {"version": _version(options, teacher).version.digest} if isinstance(teacher, str) else models.source_digest(_section_of(teacher))
+
+
+def _version(options: Spec, reference: str) -> Fetched:
+    try:
+        return fetch(reference, options.storage, options.storage.cache_dir)
+    except UserError as error:
+        raise UserError(f"compress.distill.teacher: {error}") from error
+
+
+def _section_of(teacher: Any) -> ModelFactory:
+    return ModelFactory(name="factory", **TeacherFactory.model_validate(teacher).model_dump())
+
+
+def taught(job: Job, draft: Draft) -> None:
+    """teacher: fp32.onnx of a version, or model.json and model.safetensors of a factory's model; its accuracy on the validation split as score."""
+    teacher = job.options["teacher"]
+    if isinstance(teacher, str):
+        found = _version(job.spec, teacher)
+        _refuse_other_classes(found, teacher, job.splits)
+        shutil.copyfile(found.path / ANSWERS, draft.path / ANSWERS)
+        draft.notes.extend([f"{teacher} is {found.version}", *([found.note] if found.note else [])])
+        validation = job.splits.validation
+        logits = evaluate.predict_rows(_answering(job.spec, draft.path / ANSWERS), validation.x, job.spec.export.max_batch)
+        draft.scores["validation_accuracy"] = evaluate.accuracy(logits, validation.y)
+        return
+    model = _made(teacher, job.splits)
+    models.save(model, draft.path / WEIGHTS)
+    _write_section(_section_of(teacher), draft.path)
+    _describe(model, job, draft)
+
+
+def _made(teacher: Any, splits: Splits) -> nn.Module:
+    """A factory's teacher, which takes rows as the data has them. Raises UserError when it does not, or tells other classes apart."""
+    try:
+        return models.build(_section_of(teacher), splits.shape, len(splits.labels), vocabulary=splits.vocabulary).eval()
+    except UserError as error:
+        raise UserError(f"compress.distill.teacher: {str(error).replace('model.factory: ', '').removeprefix('model: ')}") from error
+
+
+def _refuse_other_classes(found: Fetched, reference: str, splits: Splits) -> None:
+    """Raises UserError unless a version answers this data's rows with this data's classes."""
+    about = json.loads((found.path / "version.json").read_text())
+    if about["labels"] != list(splits.labels):
+        told = [", ".join(map(str, labels[:5])) + (f" and {len(labels) - 5} more" if len(labels) > 5 else "") for labels in (about["labels"], splits.labels)]
+        raise UserError(f"compress.distill.teacher: teacher and student of different classes: {reference} has {told[0]} and the data {told[1]}; take a teacher of the same labels in the same order")
+    tokenizer = found.path / TOKENIZER
+    if (tokenizer.read_text() if tokenizer.exists() else "") != splits.tokenizer:
+        raise UserError(f"compress.distill.teacher: {reference} cuts texts into other tokens than this data; take a teacher of the same data section")
+
+
+def _answering(options: Spec, file: Path) -> Callable[[Any], Any]:
+    """A version's fp32 file in ONNX Runtime, as a function of rows."""
+    settings = replace(options_of(options.engine, options.export, options.dims), threads=options.train.cpus_per_worker)
+    engine = load(get_or_build(file, "onnxruntime", settings, cache_of(options.storage)), settings)
+    return lambda x: engine.run({INPUT: x})[OUTPUT]
+
+
+def refuse_unteachable(options: Spec, splits: Splits, recipe: Distill) -> None:
+    """Raises UserError for a distillation that cannot begin: a student, a teacher or layers that are not there. A pruned student is tried as it was before."""
+    try:
+        student = fresh(options if recipe.student is None else _with_model(options, recipe.student), splits)
+    except UserError as error:
+        raise UserError(f"compress.distill.student: {error}") from error
+    if isinstance(recipe.teacher, str):
+        found = _version(options, recipe.teacher)
+        _refuse_other_classes(found, recipe.teacher, splits)
+        _answering(options, found.path / ANSWERS)(splits.calibration.x[:2])
+        return
+    teacher = fresh(options, splits) if recipe.teacher is None else _made(recipe.teacher, splits)
+    projections(student, teacher, paired(student, teacher, recipe), models.example(student, splits.shape, 2))
 
 
 # --- stages on files --------------------------------------------------------------------------------------------
@@ -428,6 +583,7 @@ STAGES: dict[str, Callable[[Job, Draft], None]] = {
     "prune": pruned,
     "sparsify": sparsified,
     "distill": trained,
+    "teacher": taught,
     "export": exported,
     "quantize": quantized,
     "quantize-fp8": partial(quantized, precision="fp8"),
