@@ -466,7 +466,7 @@ def test_texts_of_a_token_budget_are_distilled_by_layers(tmp_path):
         "name": "t", "data": {"source": "text", "kind": "file", "path": str(tmp_path / "t.tsv"), "max_tokens": 16, "vocabulary": 300, "validation_rows": 40, "calibration_rows": 20, "test_rows": 40},
         "model": {"name": "text_transformer", "dim": 16, "depth": 2, "heads": 2}, "train": {"epochs": 1, "tokens_per_batch": 128, "optimizer": "adamw", "learning_rate": 0.002},
         "compress": [{"distill": {**FULL, "learning_rate": 0.002, "student": {"name": "text_transformer", "dim": 8, "depth": 1, "heads": 1}}}],
-        "storage": {"path": str(tmp_path / "runs"), "cache": str(tmp_path / "cache")},
+        "gate": {"max_accuracy_drop": 0.3}, "storage": {"path": str(tmp_path / "runs"), "cache": str(tmp_path / "cache")},
     })  # fmt: skip
     splits = data.load(options.data)
     launch.preflight(options, splits, 0)

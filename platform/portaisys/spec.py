@@ -667,7 +667,7 @@ class Spec(Section):
 
 def model_of(tree: Mapping[str, Any]) -> Model:
     """A model section out of the plain values that its `model_dump` gave."""
-    return typing.cast(Model, TypeAdapter(Model).validate_python(tree))
+    return TypeAdapter(Model).validate_python(tree)
 
 
 def digest(value: Any) -> str:

@@ -128,15 +128,16 @@ def relation_loss(own: Tensor, other: Tensor, real: Tensor | None = None, distan
     a, b = (_embedded(each, real)[:RELATED] for each in (own, other))
     if len(a) < 2:
         return a.sum() * 0.0
-    value = distance * F.smooth_l1_loss(*(_distances(each) for each in (a, b)))
-    return value + angle * F.smooth_l1_loss(*(_angles(each) for each in (a, b))) if len(a) > 2 else value
+    value = distance * F.smooth_l1_loss(_distances(a), _distances(b))
+    return value + angle * F.smooth_l1_loss(_angles(a), _angles(b)) if len(a) > 2 else value
 
 
 def _embedded(hidden: Tensor, real: Tensor | None) -> Tensor:
     """[B, D]"""
     if hidden.ndim == 3 and real is not None and real.shape == hidden.shape[:2]:
         return (hidden * real[:, :, None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
-    return {2: lambda: hidden, 3: lambda: hidden.mean(1), 4: lambda: hidden.mean((2, 3))}[hidden.ndim]()
+    positions = {2: (), 3: (1,), 4: (2, 3)}[hidden.ndim]
+    return hidden.mean(positions) if positions else hidden
 
 
 def _distances(rows_BD: Tensor) -> Tensor:
@@ -202,7 +203,8 @@ def _map_of(who: str, module: nn.Module, args: Any, kwargs: Any, output: Any) ->
     if isinstance(module, Attention):
         return attention_map(module, *args, **kwargs)
     if isinstance(module, nn.MultiheadAttention):
-        found: Tensor = module.forward(*args, **{**kwargs, "need_weights": True, "average_attn_weights": True})[1]
+        found = module.forward(*args, **{**kwargs, "need_weights": True, "average_attn_weights": True})[1]
+        assert found is not None
         return found
     if isinstance(output, Tensor) and output.ndim == 4:
         return output.float().square().mean(1, keepdim=True)
@@ -213,7 +215,8 @@ def attention_map(module: Attention, x_BTD: Tensor, bias_B11T: Tensor | None = N
     """[B, T, T]: how much each token looks at each, on average over the heads."""
     q, k = (layer(x_BTD).unflatten(-1, (module.heads, module.head_dim)).transpose(1, 2) for layer in (module.q, module.k))
     scores_BHTT = (q @ k.transpose(-1, -2)).float() / math.sqrt(module.head_dim)
-    return (scores_BHTT if bias_B11T is None else scores_BHTT + bias_B11T).softmax(-1).mean(1)
+    map_BTT: Tensor = (scores_BHTT if bias_B11T is None else scores_BHTT + bias_B11T).softmax(-1).mean(1)
+    return map_BTT
 
 
 def _told(output: Any) -> str:
@@ -370,7 +373,7 @@ def _counterparts(student: nn.Module, teacher: nn.Module) -> dict[str, str]:
 
 
 def _every_kth(own: Sequence[Sequence[str]], other: Sequence[Sequence[str]]) -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for number, stage in enumerate(own if other else ()):
         theirs = other[number * len(other) // len(own)]
         found |= {block: theirs[index * len(theirs) // len(stage)] for index, block in enumerate(stage)}
