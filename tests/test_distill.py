@@ -17,7 +17,7 @@ from test_train import Killed, killed_at, same
 from test_train_ranks import group
 from torch import nn
 
-from portaisys import artifact, data, distributed, launch, models, spec, stages
+from portaisys import artifact, data, distributed, launch, models, spec, stages, teachers
 from portaisys.compress import distill
 from portaisys.compress.distill import Pupil, attention_map, distillation, evenly, inherit, paired, projections
 from portaisys.distributed import Place
@@ -620,7 +620,7 @@ def test_another_version_is_another_key(registered, monkeypatch):
     options = short(folder, {"distill": {"teacher": "d@production"}})
     stage = next(stage for stage in launch.plan(options) if stage.kind == "teacher")
     before = launch._sections(options, stage)
-    found = stages.fetch("d@1", options.storage, options.storage.cache_dir)
+    found = teachers.fetch("d@1", options.storage, options.storage.cache_dir)
     moved = type(found)(type(found.version)(**{**found.version.__dict__, "digest": "0" * 64}), found.path, True, "")
-    monkeypatch.setattr(stages, "fetch", lambda *asked: moved)
+    monkeypatch.setattr(teachers, "fetch", lambda *asked: moved)
     assert launch._sections(options, stage) != before

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 import yaml
 
-from portaisys import artifact, checkpoint, cluster, data, distributed, gate, metrics, models, report, spec, store
+from portaisys import artifact, checkpoint, cluster, data, distributed, gate, metrics, models, report, spec, store, teachers
 from portaisys.artifact import Artifact
 from portaisys.data import Splits
 from portaisys.distributed import Place
@@ -31,23 +31,7 @@ from portaisys.engine import TYPED, available, backend
 from portaisys.progress import Row, line
 from portaisys.registry import Registry, Version, open_registry
 from portaisys.spec import Spec, Stopped, UserError
-from portaisys.stages import (
-    FITS,
-    NOTED,
-    NOTES,
-    RESTARTS,
-    STAGES,
-    WEIGHTS,
-    Fit,
-    Job,
-    batches,
-    carry_out,
-    kept_notes,
-    refuse_unteachable,
-    teacher_digest,
-    threads,
-    trace_file,
-)
+from portaisys.stages import FITS, NOTED, NOTES, RESTARTS, STAGES, WEIGHTS, Fit, Job, batches, carry_out, kept_notes, threads, trace_file
 from portaisys.watch import notice
 
 _log = logging.getLogger(__name__)
@@ -282,7 +266,7 @@ def preflight(options: Spec, splits: Splits, looks: int) -> None:
     batches(options.train, splits.train, options.seed)
     for step in options.compress:
         if isinstance(step, spec.Step) and step.distill:
-            refuse_unteachable(options, splits, step.distill)
+            teachers.refuse_unteachable(options, splits, step.distill)
     low = {name for name in options.precisions if options.engine.backend == "auto" or name in spec.BACKEND_PRECISIONS[options.engine.backend]} - {"fp32"}
     candidates = sum(stage.kind == "export" for stage in plan(options)) + len(low)
     if candidates > 1:
@@ -358,7 +342,7 @@ def _sections(options: Spec, stage: Stage) -> dict[str, Any]:
     if stage.options.get("student") and (source := models.source_digest(spec.model_of(stage.options["student"]))):
         found["student"] = source
     if stage.kind == "teacher":
-        found["teacher"] = teacher_digest(options, stage.options["teacher"])
+        found["teacher"] = teachers.digest(options, stage.options["teacher"])
     return found
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from portaisys import artifact, checkpoint, data, evaluate, metrics, models, spec
+from portaisys import artifact, checkpoint, data, evaluate, metrics, models, spec, teachers
 from portaisys.artifact import Artifact, Draft, write_arrays
 from portaisys.compress.cast import with_islands
 from portaisys.compress.distill import Distillation, Pairs, Pupil, Teach, answered_by, inherit, paired, projections, shown_by
@@ -38,14 +38,14 @@ from portaisys.export import INPUT, OUTPUT, export
 from portaisys.judge import DENSE, Subject, judge, save_answers
 from portaisys.microbatch import find_micro_batch, least_of_ranks, memory_limit
 from portaisys.progress import Progress, Row, traced, use_of
-from portaisys.registry import Fetched, fetch
 from portaisys.rows import shares_of_all, shuffled
-from portaisys.spec import Distill, ModelFactory, Spec, TeacherFactory, Train, UserError
+from portaisys.spec import Distill, Spec, Train, UserError
 from portaisys.step import Loss, make_optimizer, score
+from portaisys.teachers import ANSWERS, TOKENIZER
 from portaisys.train import Mark, Report, fit
 
-WEIGHTS, NOTES, TOKENIZER = "model.safetensors", "notes.json", "tokenizer.json"
-MODEL, ANSWERS = "model.json", "fp32.onnx"  # the model section of weights that are not of the run's own; what a teacher from the registry is
+WEIGHTS, NOTES = "model.safetensors", "notes.json"
+MODEL = "model.json"  # the model section of weights that are not of the run's own
 NOTED, RESTARTS = "notes.jsonl", "restarts.jsonl"  # of all attempts at a training, by those who train and by who restarts them
 
 
@@ -248,7 +248,7 @@ def _distilled(job: Fit, options: Spec, splits: Splits, device: str) -> Training
     student, notes = _student(job, recipe, options, splits, teacher)
     pairs = paired(student, teacher, recipe) if teacher else {}
     prepare = _pupil(student, teacher, pairs, options.seed, splits) if teacher and pairs else None
-    teach = _teaching(teacher.to(device), pairs) if teacher else answered_by(_answering(options, folder / ANSWERS))
+    teach = _teaching(teacher.to(device), pairs) if teacher else answered_by(teachers.answering(options, folder / ANSWERS))
     loss = Distillation(teach, recipe)
     if not prepare:
         return Training(student, train, loss, begin=loss.begin, notes=notes)
@@ -337,82 +337,21 @@ def _describe(model: nn.Module, job: Job, draft: Draft) -> None:
     draft.scores["validation_accuracy"] = score(model, job.splits.validation)
 
 
-# --- teachers from elsewhere --------------------------------------------------------------------------------------
-
-
-def teacher_digest(options: Spec, teacher: Any) -> dict[str, str]:
-    """What of a teacher no spec holds: the version that a reference means now, or a factory's code."""
-    return {"version": _version(options, teacher).version.digest} if isinstance(teacher, str) else models.source_digest(_section_of(teacher))
-
-
-def _version(options: Spec, reference: str) -> Fetched:
-    try:
-        return fetch(reference, options.storage, options.storage.cache_dir)
-    except UserError as error:
-        raise UserError(f"compress.distill.teacher: {error}") from error
-
-
-def _section_of(teacher: Any) -> ModelFactory:
-    return ModelFactory(name="factory", **TeacherFactory.model_validate(teacher).model_dump())
-
-
 def taught(job: Job, draft: Draft) -> None:
     """teacher: fp32.onnx of a version, or model.json and model.safetensors of a factory's model; its accuracy on the validation split as score."""
-    teacher = job.options["teacher"]
-    if isinstance(teacher, str):
-        found = _version(job.spec, teacher)
-        _refuse_other_classes(found, teacher, job.splits)
-        shutil.copyfile(found.path / ANSWERS, draft.path / ANSWERS)
-        draft.notes.extend([f"{teacher} is {found.version}", *([found.note] if found.note else [])])
-        validation = job.splits.validation
-        logits = evaluate.predict_rows(_answering(job.spec, draft.path / ANSWERS), validation.x, job.spec.export.max_batch)
-        draft.scores["validation_accuracy"] = evaluate.accuracy(logits, validation.y)
+    teacher, validation = job.options["teacher"], job.splits.validation
+    if not isinstance(teacher, str):
+        model = teachers.made(teacher, job.splits)
+        models.save(model, draft.path / WEIGHTS)
+        _write_section(teachers.section_of(teacher), draft.path)
+        _describe(model, job, draft)
         return
-    model = _made(teacher, job.splits)
-    models.save(model, draft.path / WEIGHTS)
-    _write_section(_section_of(teacher), draft.path)
-    _describe(model, job, draft)
-
-
-def _made(teacher: Any, splits: Splits) -> nn.Module:
-    """A factory's teacher, which takes rows as the data has them. Raises UserError when it does not, or tells other classes apart."""
-    try:
-        return models.build(_section_of(teacher), splits.shape, len(splits.labels), vocabulary=splits.vocabulary).eval()
-    except UserError as error:
-        raise UserError(f"compress.distill.teacher: {str(error).replace('model.factory: ', '').removeprefix('model: ')}") from error
-
-
-def _refuse_other_classes(found: Fetched, reference: str, splits: Splits) -> None:
-    """Raises UserError unless a version answers this data's rows with this data's classes."""
-    about = json.loads((found.path / "version.json").read_text())
-    if about["labels"] != list(splits.labels):
-        told = [", ".join(map(str, labels[:5])) + (f" and {len(labels) - 5} more" if len(labels) > 5 else "") for labels in (about["labels"], splits.labels)]
-        raise UserError(f"compress.distill.teacher: teacher and student of different classes: {reference} has {told[0]} and the data {told[1]}; take a teacher of the same labels in the same order")
-    tokenizer = found.path / TOKENIZER
-    if (tokenizer.read_text() if tokenizer.exists() else "") != splits.tokenizer:
-        raise UserError(f"compress.distill.teacher: {reference} cuts texts into other tokens than this data; take a teacher of the same data section")
-
-
-def _answering(options: Spec, file: Path) -> Callable[[Any], Any]:
-    """A version's fp32 file in ONNX Runtime, as a function of rows."""
-    settings = replace(options_of(options.engine, options.export, options.dims), threads=options.train.cpus_per_worker)
-    engine = load(get_or_build(file, "onnxruntime", settings, cache_of(options.storage)), settings)
-    return lambda x: engine.run({INPUT: x})[OUTPUT]
-
-
-def refuse_unteachable(options: Spec, splits: Splits, recipe: Distill) -> None:
-    """Raises UserError for a distillation that cannot begin: a student, a teacher or layers that are not there. A pruned student is tried as it was before."""
-    try:
-        student = fresh(options if recipe.student is None else _with_model(options, recipe.student), splits)
-    except UserError as error:
-        raise UserError(f"compress.distill.student: {error}") from error
-    if isinstance(recipe.teacher, str):
-        found = _version(options, recipe.teacher)
-        _refuse_other_classes(found, recipe.teacher, splits)
-        _answering(options, found.path / ANSWERS)(splits.calibration.x[:2])
-        return
-    teacher = fresh(options, splits) if recipe.teacher is None else _made(recipe.teacher, splits)
-    projections(student, teacher, paired(student, teacher, recipe), models.example(student, splits.shape, 2))
+    found = teachers.version(job.spec, teacher)
+    teachers.refuse_other_classes(found, teacher, job.splits)
+    shutil.copyfile(found.path / ANSWERS, draft.path / ANSWERS)
+    draft.notes.extend([f"{teacher} is {found.version}", *([found.note] if found.note else [])])
+    logits = evaluate.predict_rows(teachers.answering(job.spec, draft.path / ANSWERS), validation.x, job.spec.export.max_batch)
+    draft.scores["validation_accuracy"] = evaluate.accuracy(logits, validation.y)
 
 
 # --- stages on files --------------------------------------------------------------------------------------------

@@ -136,8 +136,8 @@ def _embedded(hidden: Tensor, real: Tensor | None) -> Tensor:
     """[B, D]"""
     if hidden.ndim == 3 and real is not None and real.shape == hidden.shape[:2]:
         return (hidden * real[:, :, None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
-    positions = {2: (), 3: (1,), 4: (2, 3)}[hidden.ndim]
-    return hidden.mean(positions) if positions else hidden
+    embedded: Tensor = hidden if hidden.ndim == 2 else hidden.mean(1) if hidden.ndim == 3 else hidden.mean((2, 3))
+    return embedded
 
 
 def _distances(rows_BD: Tensor) -> Tensor:
