@@ -449,7 +449,7 @@ def test_distilling_a_pruned_model_without_layers_is_what_it_was(digits, tmp_pat
     assert equal(weights(made), by_hand.state_dict())
 
 
-@pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"micro_batch": 17}, {"ema_decay": 0.9}, {"speed": ["fused", "channels_last"]}, {"fp32_modules": ["net.3"], "precision": "bf16"}], ids=str)
+@pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"micro_batch": 17}, {"ema_decay": 0.9}, {"speed": ["fused", "channels_last"]}, {"speed": "auto"}, {"fp32_modules": ["net.3"], "precision": "bf16"}], ids=str)
 def test_layers_are_compared_under_other_ways_to_train(digits, tmp_path, changes):
     options = short(tmp_path, {"distill": FULL}, **changes)
     made = launch.produce(options, "distill-1", quiet, digits)
@@ -583,6 +583,14 @@ def test_a_factorys_layers_can_be_compared_when_they_are_named(digits, tmp_path)
 def test_what_cannot_be_taught_is_refused_before_any_work(digits, tmp_path, recipe, message):
     with pytest.raises(UserError, match=message):
         launch.preflight(short(tmp_path, {"distill": recipe}), digits, 0)
+
+
+def test_fp32_islands_that_the_student_has_not_are_refused_before_any_work(digits, tmp_path):
+    options = short(tmp_path, {"distill": {"student": STUDENT}}, fp32_modules=["net.5"])
+    launch.preflight(options, digits, 0)
+    shallow = short(tmp_path, {"distill": {"student": {"name": "convnet", "channels": [8], "blocks": [1]}}}, fp32_modules=["net.7"])
+    with pytest.raises(UserError, match=r"compress\.distill\.student: train\.fp32_modules: no module of the model is called 'net\.7'"):
+        launch.preflight(shallow, digits, 0)
 
 
 @pytest.fixture(scope="module")

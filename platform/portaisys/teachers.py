@@ -6,7 +6,8 @@ Knows what they must agree on with the data, not how a student learns from them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from portaisys.data import Splits
 from portaisys.engine import options_of
 from portaisys.engine.cache import cache_of, get_or_build, load
 from portaisys.export import INPUT, OUTPUT
+from portaisys.precision import islands
 from portaisys.registry import Fetched, fetch
 from portaisys.spec import Distill, ModelFactory, Spec, TeacherFactory, UserError
 
@@ -32,10 +34,8 @@ def digest(options: Spec, teacher: Any) -> dict[str, str]:
 
 def version(options: Spec, reference: str) -> Fetched:
     """A version of the run's registry. Raises UserError for one that is not there."""
-    try:
+    with _told_of("compress.distill.teacher"):
         return fetch(reference, options.storage, options.storage.cache_dir)
-    except UserError as error:
-        raise UserError(f"compress.distill.teacher: {error}") from error
 
 
 def section_of(teacher: Any) -> ModelFactory:
@@ -77,6 +77,8 @@ def _told(labels: Any) -> str:
 def refuse_unteachable(options: Spec, splits: Splits, recipe: Distill) -> None:
     """Raises UserError for a distillation that cannot begin: a student, a teacher or layers that are not there. A student that is pruned before is tried as it is now."""
     student = _built(options.model if recipe.student is None else recipe.student, splits, "compress.distill.student")
+    with _told_of("compress.distill.student"), islands(student, options.train.fp32_modules if recipe.student else (), "cpu"):
+        pass  # its modules may be other ones than the dense model's
     if isinstance(recipe.teacher, str):
         found = version(options, recipe.teacher)
         refuse_other_classes(found, recipe.teacher, splits)
@@ -87,7 +89,14 @@ def refuse_unteachable(options: Spec, splits: Splits, recipe: Distill) -> None:
 
 
 def _built(section: Any, splits: Splits, where: str) -> nn.Module:
-    try:
+    with _told_of(where):
         return models.build(section, splits.shape, len(splits.labels), splits.mean, splits.std, splits.vocabulary)
+
+
+@contextmanager
+def _told_of(where: str) -> Iterator[None]:
+    """A user's error with the path that leads to it."""
+    try:
+        yield
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
