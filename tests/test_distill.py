@@ -336,6 +336,8 @@ def test_a_student_by_spec_stands_first():
 def test_what_is_not_asked_for_is_no_part_of_a_distillations_key():
     stage = launch.plan(spec.parse({"name": "a", "compress": [{"distill": {"epochs": 3}}]}))[1]
     assert stage.options == {"epochs": 3, "learning_rate": 0.05, "temperature": 4.0, "alpha": 0.7} and stage.parents == {"student": "train", "teacher": "train"}
+    _, teacher, taught = launch.plan(spec.parse({"name": "a", "compress": [{"distill": {"epochs": 3, "teacher": "b@1"}}]}))[:3]
+    assert teacher.options == {"teacher": "b@1"} and taught.options == stage.options and taught.parents == {"student": "train", "teacher": "teacher-1"}
 
 
 # --- a student by spec --------------------------------------------------------------------------------------------

@@ -88,8 +88,8 @@ def plan(options: Spec) -> list[Stage]:
             parents = ({} if step.distill.student else parents) | {"teacher": teacher}
         small = f"{step.kind}-{number}"
         sections = ("seed", "model", "train") if step.kind == "distill" else ("model",)
-        # Of a distillation what is not asked for is no part of its key: it was made by the same steps before there were such things to ask for.
-        stages.append(Stage(small, step.kind, parents, sections, step.options.model_dump(exclude_none=step.kind == "distill")))
+        # Of a distillation what is not asked for is no part of its key: it was made by the same steps before there were such things to ask for. Who teaches stands in its parents.
+        stages.append(Stage(small, step.kind, parents, sections, step.options.model_dump(exclude_none=step.kind == "distill", exclude={"teacher"})))
     exported = {"dense": "export-dense"} | ({"small": "export-small"} if small != "train" else {})
     stages += [Stage(name, "export", {"model": small if role == "small" else "train"}, ("seed", "export", "model")) for role, name in exported.items()]
     smallest = list(exported.values())[-1]
