@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 import yaml
 
-from portaisys import artifact, cluster, data, gate, metrics, models, report, spec, store, training
+from portaisys import artifact, cluster, data, gate, metrics, models, report, spec, store, teachers, training
 from portaisys.artifact import Artifact
 from portaisys.data import Splits
 from portaisys.engine import TYPED, available, backend
@@ -75,10 +75,16 @@ def plan(options: Spec) -> list[Stage]:
     stages = [Stage("train", "train", {}, ("seed", "model", "train"))]
     small = "train"
     for number, step in enumerate((step for step in options.steps if step.kind != "quantize"), 1):
-        parents = {"student": small} | ({"teacher": "train"} if step.kind == "distill" else {})
+        parents = {"student": small}
+        if step.distill:
+            teacher = "train" if step.distill.teacher is None else f"teacher-{number}"
+            if teacher != "train":
+                stages.append(Stage(teacher, "teacher", {}, (), {"teacher": step.distill.model_dump()["teacher"]}))
+            parents = ({} if step.distill.student else parents) | {"teacher": teacher}
         small = f"{step.kind}-{number}"
         sections = ("seed", "model", "train") if step.kind == "distill" else ("model",)
-        stages.append(Stage(small, step.kind, parents, sections, step.options.model_dump()))
+        # Of a distillation what is not asked for is no part of its key: it was made by the same steps before there were such things to ask for. Who teaches stands in its parents.
+        stages.append(Stage(small, step.kind, parents, sections, step.options.model_dump(exclude_none=step.kind == "distill", exclude={"teacher"})))
     exported = {"dense": "export-dense"} | ({"small": "export-small"} if small != "train" else {})
     stages += [Stage(name, "export", {"model": small if role == "small" else "train"}, ("seed", "export", "model")) for role, name in exported.items()]
     smallest = list(exported.values())[-1]
@@ -284,6 +290,9 @@ def preflight(options: Spec, splits: Splits, looks: int) -> None:
     torch.manual_seed(options.seed)
     models.build(options.model, splits.shape, len(splits.labels), splits.mean, splits.std, splits.vocabulary)
     batches(options.train, splits.train, options.seed)
+    for step in options.steps:
+        if step.distill:
+            teachers.refuse_unteachable(options, splits, step.distill)
     planned = options if options.compress != "auto" else with_recipe(options, TYPICAL)
     low = {name for name in planned.precisions if options.engine.backend == "auto" or name in spec.BACKEND_PRECISIONS[options.engine.backend]} - {"fp32"}
     candidates = sum(stage.kind == "export" for stage in plan(planned)) + len(low)
@@ -357,6 +366,10 @@ def _sections(options: Spec, stage: Stage) -> dict[str, Any]:
             found["train"]["sync_batchnorm"] = True
     if "model" in found:
         found["model"] |= models.source_digest(options.model)
+    if stage.options.get("student") and (source := models.source_digest(spec.model_of(stage.options["student"]))):
+        found["student"] = source
+    if stage.kind == "teacher":
+        found["teacher"] = teachers.digest(options, stage.options["teacher"])
     return found
 
 

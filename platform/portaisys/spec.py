@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -352,13 +352,92 @@ class Sparsify(Section):
     keep: tuple[str, ...] = ()
 
 
+class Ramp(Section):
+    """A weight that is `start` in the first step and `end` in the last; between them on a line, or on half a cosine, which is slow at both ends."""
+
+    start: float = Field(ge=0)
+    end: float = Field(ge=0)
+    schedule: Literal["linear", "cosine"] = "linear"
+
+
+Weight = Annotated[float, Field(ge=0)] | Ramp
+# Of the student's modules by name, each with the teacher's of the same name, or of the name given.
+Layers = tuple[str, ...] | dict[str, str]
+
+
+class Features(Section):
+    """Hidden states as the teacher has them, through a learnt projection where widths differ. `layers` by default: the stages of a convnet, the layers of a transformer, evenly spaced where the depths differ."""
+
+    weight: Weight = 1.0
+    layers: Layers | None = Field(None, min_length=1)
+
+
+class AttentionMaps(Section):
+    """Where the teacher looks: of a transformer the maps averaged over the heads, of a CNN the squares averaged over the channels. `layers` by default: all attentions, or the stages of a convnet."""
+
+    weight: Weight = 1.0
+    layers: Layers | None = Field(None, min_length=1)
+
+
+class Relations(Section):
+    """Distances and angles between the rows of a micro-batch (at most 128 of them). `layers` by default: the last stage or layer."""
+
+    weight: Weight = 1.0
+    distance: float = Field(1.0, ge=0)
+    angle: float = Field(2.0, ge=0)
+    layers: Layers | None = Field(None, min_length=1)
+
+
+class TeacherFactory(Section):
+    """A user's own trained `torch.nn.Module`: `module:callable`, called with `options`; it takes the rows as the data has them, not normalised."""
+
+    factory: str
+    options: dict[str, Any] = {}
+
+
 class Distill(Section):
-    """Fine-tuning against the dense model: alpha * KL at `temperature` + (1 - alpha) * cross entropy."""
+    """Training on against a teacher: alpha * KL at `temperature` + (1 - alpha) * cross entropy, and what of `features`, `attention` and `relations` is there.
+
+    `teacher`: None is the run's dense model; NAME@VERSION or NAME@alias one of the registry, whose fp32 file answers with logits alone; or a factory.
+    `student`: None is the model as the steps before left it; else a smaller model by spec, which begins with the teacher's layers where shapes allow.
+    A weight is a number, or {start, end, schedule} over the steps.
+    """
 
     epochs: int = Field(10, ge=1)
     learning_rate: float = Field(0.05, gt=0)
     temperature: float = Field(4.0, gt=0)
-    alpha: float = Field(0.7, ge=0, le=1)
+    alpha: Weight = 0.7
+    features: Features | None = None
+    attention: AttentionMaps | None = None
+    relations: Relations | None = None
+    student: Model | None = None
+    teacher: str | TeacherFactory | None = None
+
+    @field_validator("alpha")
+    @classmethod
+    def _is_a_share(cls, alpha: Weight) -> Weight:
+        if max((alpha.start, alpha.end) if isinstance(alpha, Ramp) else (alpha,)) > 1:
+            raise ValueError("it is a share of the loss, 0 to 1")
+        return alpha
+
+    @field_validator("teacher")
+    @classmethod
+    def _is_a_reference(cls, teacher: str | TeacherFactory | None) -> str | TeacherFactory | None:
+        if isinstance(teacher, str) and not all(teacher.partition("@")[::2]):
+            raise ValueError("write NAME@VERSION or NAME@alias of the registry, or {factory: module:callable}")
+        return teacher
+
+    @property
+    def hidden(self) -> dict[str, Features | AttentionMaps | Relations]:
+        """The losses that read layers, by kind."""
+        given = {"features": self.features, "attention": self.attention, "relations": self.relations}
+        return {kind: options for kind, options in given.items() if options}
+
+    @model_validator(mode="after")
+    def _teacher_shows_layers(self) -> Distill:
+        if self.hidden and isinstance(self.teacher, str):
+            raise ValueError(f".{next(iter(self.hidden))}: a teacher from the registry is an ONNX file, which shows its logits and no layers; leave it out, or take the dense model or a factory as teacher")
+        return self
 
 
 class Quantize(Section):
@@ -587,6 +666,13 @@ class Spec(Section):
                 raise ValueError(f"engine.precisions: {precision!r} needs a quantize step; add '- quantize: {{}}' to compress")
         return self
 
+    @model_validator(mode="after")
+    def _a_student_begins_anew(self) -> Spec:
+        for number, step in enumerate(self.steps):
+            if number and isinstance(step, Step) and step.distill and step.distill.student:
+                raise ValueError(f"compress.{number}.distill.student: it is another model, so what the steps before it made would be lost; put this step first")
+        return self
+
     @property
     def steps(self) -> tuple[Step, ...]:
         """The compression steps; none while `auto` has not been resolved."""
@@ -611,6 +697,11 @@ class Spec(Section):
     def digest(self, *sections: str) -> str:
         """SHA-256 of the named top-level sections, as a hex string."""
         return digest({name: self.model_dump(mode="json")[name] for name in sections})
+
+
+def model_of(tree: Mapping[str, Any]) -> Model:
+    """A model section out of the plain values that its `model_dump` gave."""
+    return TypeAdapter(Model).validate_python(tree)
 
 
 def digest(value: Any) -> str:
@@ -709,11 +800,13 @@ def _explain(item: Any) -> str:
 
 
 def _without_tags(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """Drop the tag pydantic puts after a discriminated section ('data', 'npz', 'path')."""
-    return loc[:1] + loc[2:] if len(loc) > 1 and loc[0] in ("data", "model", "compress") and loc[1] in _TAGS else loc
+    """Drop the tags pydantic puts after a discriminated section ('data', 'npz', 'path') and the branches of a union ('alpha', 'Ramp', 'end')."""
+    tagged = {number + 1 for number, part in enumerate(loc[:-1]) if part in ("data", "model", "student", "compress") and loc[number + 1] in _TAGS}
+    return tuple(part for number, part in enumerate(loc) if number not in tagged and not (number and part in _BRANCHES))
 
 
 _TAGS = {"steps", "auto", "digits", "fashion_mnist", "npz", "text", "factory", "convnet", "transformer", "text_transformer"}
+_BRANCHES = {"Ramp", "TeacherFactory", "constrained-float", "str", "tuple[str, ...]", "dict[str,str]"}
 
 
 def _nearest(section: type[Section], key: str) -> str:

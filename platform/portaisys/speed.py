@@ -91,6 +91,7 @@ def _why_not(means: str, model: nn.Module, options: Train, place: Place) -> str:
         "a captured step is one micro-batch": bool(options.micro_batch or options.tokens_per_batch or options.accumulate_steps > 1),
         "the model drops out at random, which is not tested in a captured step": any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p for module in model.modules()),
         "the model is compiled": "compile" in options.speed,
+        "layers carry forward hooks, as of a distillation from features, attention or relations, which is not tested in a captured step": any(module._forward_hooks for module in model.modules()),
     }
     return next((reason for reason, holds in against.items() if holds), "")
 

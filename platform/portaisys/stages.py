@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from portaisys import artifact, checkpoint, data, evaluate, memory, metrics, models, spec
+from portaisys import artifact, checkpoint, data, evaluate, memory, metrics, models, spec, teachers
 from portaisys.artifact import Artifact, Draft, write_arrays
 from portaisys.compress.cast import with_islands
-from portaisys.compress.distill import distillation
+from portaisys.compress.distill import Distillation, Pairs, Pupil, Teach, answered_by, inherit, paired, projections, shown_by
 from portaisys.compress.prune import prune
 from portaisys.compress.quantize import quantize
 from portaisys.compress.sparsify import keep_zeros, sparsify
@@ -41,9 +41,11 @@ from portaisys.progress import Progress, Row, traced, use_of
 from portaisys.rows import shares_of_all, shuffled
 from portaisys.spec import Distill, Spec, Train, UserError
 from portaisys.step import Loss, make_optimizer, score
+from portaisys.teachers import ANSWERS, TOKENIZER
 from portaisys.train import Mark, Report, fit
 
-WEIGHTS, NOTES, TOKENIZER = "model.safetensors", "notes.json", "tokenizer.json"
+WEIGHTS, NOTES = "model.safetensors", "notes.json"
+MODEL = "model.json"  # the model section of weights that are not of the run's own
 NOTED, RESTARTS = "notes.jsonl", "restarts.jsonl"  # of all attempts at a training, by those who train and by who restarts them
 
 
@@ -95,10 +97,26 @@ def fresh(options: Spec, splits: Splits) -> nn.Module:
 
 
 def restore(options: Spec, splits: Splits, folder: Path) -> nn.Module:
-    """The model of a finished stage, pruned or not."""
+    """The model of a finished stage, pruned or not, of the run's section or of the one that lies beside it."""
+    if (folder / MODEL).exists():
+        options = _with_model(options, spec.model_of(json.loads((folder / MODEL).read_text())))
     model = fresh(options, splits)
     models.rebuild(model, models.load_weights(folder / WEIGHTS))
     return model.eval()
+
+
+def _with_model(options: Spec, section: spec.Model) -> Spec:
+    return options.model_copy(update={"model": section})
+
+
+def _write_section(section: spec.Model, folder: Path) -> None:
+    (folder / MODEL).write_text(json.dumps(section.model_dump(mode="json"), sort_keys=True))
+
+
+def keep_section(parent: Artifact, draft: Draft) -> None:
+    """What is made of a model of another section than the run's is one too."""
+    if MODEL in parent.files:
+        shutil.copyfile(parent.file(MODEL), draft.path / MODEL)
 
 
 # --- stages that train ------------------------------------------------------------------------------------------
@@ -114,25 +132,26 @@ def carry_out(
     """
     options = spec.parse(job.spec)
     splits = data.load(options.data)
-    model, loss, train = FITS[job.kind](job, options, splits, place.device)
+    training = FITS[job.kind](job, options, splits, place.device)
+    model, train = training.model, training.options
     noted = Path(job.work) / NOTED
     writes = place.rank == 0 and not checkpoint.foreign(noted.parent, job.key)  # which `fit` refuses, and nothing there may change
     note = partial(_note, noted, job.key) if writes else _log.warning
     if writes:
         metrics.append(noted, {"key": job.key, "from": checkpoint.steps(noted.parent), "world": place.world})
-    for text in began:
+    for text in (*began, *training.notes):
         note(text)
     with determined(train.determinism, note), memory.kept(place.device):  # not around a model's first try on the CPU, which says nothing of the device
         train = _with_micro_batch(options, splits, train, place, checkpoint.state(Path(job.work)), note)
         with traced(trace_file(job.log), train.profile_steps if place.rank == 0 else 0, note) as stepped:
             model = fit(
                 model, splits.train, train, folder=Path(job.work), key=job.key, about=job.about, seed=options.seed, validation=splits.validation,
-                loss=loss, **batches(train, splits.train, options.seed), report=report, note=note, progress=_progress(model, options, splits, train, place, between, stepped),
+                loss=training.loss, prepare=training.prepare, begin=training.begin, **batches(train, splits.train, options.seed), report=report, note=note, progress=_progress(model, options, splits, train, place, between, stepped),
                 leave=leave, mark=mark, place=place,
             )  # fmt: skip
     if place.rank == 0:
         artifact.write_text(Path(job.work) / NOTES, json.dumps(kept_notes(noted, job.key)))
-        models.save(model, Path(job.work) / WEIGHTS)
+        models.save(training.saved(model), Path(job.work) / WEIGHTS)
 
 
 def trace_file(log: str | Path) -> Path:
@@ -204,20 +223,72 @@ def kept_notes(file: Path, key: str) -> list[str]:
     return [*dict.fromkeys(row["note"] for row in rows if "note" in row), *told]
 
 
-def _dense(job: Fit, options: Spec, splits: Splits, device: str) -> tuple[nn.Module, Loss | None, Train]:
-    return fresh(options, splits), None, options.train
+@dataclass(frozen=True)
+class Training:
+    """What a Fit comes to for `fit`. `saved`: of what was trained, the model that is kept; `notes`: what is to be told of how it begins."""
+
+    model: nn.Module
+    options: Train
+    loss: Loss | None = None
+    prepare: Callable[[nn.Module], nn.Module] = lambda model: model
+    begin: Callable[[int, int], None] = lambda step, total: None
+    saved: Callable[[nn.Module], nn.Module] = lambda model: model
+    notes: list[str] = field(default_factory=list)
 
 
-def _distilled(job: Fit, options: Spec, splits: Splits, device: str) -> tuple[nn.Module, Loss | None, Train]:
+def _dense(job: Fit, options: Spec, splits: Splits, device: str) -> Training:
+    return Training(fresh(options, splits), options.train)
+
+
+def _distilled(job: Fit, options: Spec, splits: Splits, device: str) -> Training:
     recipe = Distill(**job.options)
-    student = restore(options, splits, Path(job.parents["student"]))
-    keep_zeros(student)  # of a sparsified one
-    teacher = restore(options, splits, Path(job.parents["teacher"])).to(device)
     train = options.train.model_copy(update={"epochs": recipe.epochs, "learning_rate": recipe.learning_rate})
-    return student, distillation(teacher, recipe), train
+    folder = Path(job.parents["teacher"])
+    teacher = None if (folder / ANSWERS).exists() else restore(options, splits, folder)
+    student, notes = _student(job, recipe, options, splits, teacher)
+    pairs = paired(student, teacher, recipe) if teacher else {}
+    prepare = _pupil(student, teacher, pairs, options.seed, splits) if teacher and pairs else None
+    teach = _teaching(teacher.to(device), pairs) if teacher else answered_by(teachers.answering(options, folder / ANSWERS))
+    loss = Distillation(teach, recipe)
+    if not prepare:
+        return Training(student, train, loss, begin=loss.begin, notes=notes)
+    notes += [f"compress.distill.{kind}: {', '.join(f'{own} as {other}' for own, other in found)}" for kind, found in pairs.items()]
+    if "relations" in pairs and _in_parts(train):
+        notes.append("compress.distill.relations: they are between the rows of one worker's micro-batch, not of the whole batch, so other workers or another micro_batch learn from other pairs")
+    train = train.model_copy(update={"fp32_modules": tuple(f"student.{name}" for name in train.fp32_modules)})
+    return Training(student, train, loss, prepare, loss.begin, lambda pupil: pupil.student, notes)  # type: ignore[arg-type, return-value]
 
 
-FITS: dict[str, Callable[[Fit, Spec, Splits, str], tuple[nn.Module, Loss | None, Train]]] = {"train": _dense, "distill": _distilled}
+def _in_parts(train: Train) -> bool:
+    return bool(train.micro_batch or train.tokens_per_batch) or max(1, train.num_workers) * train.accumulate_steps > 1
+
+
+def _student(job: Fit, recipe: Distill, options: Spec, splits: Splits, teacher: nn.Module | None) -> tuple[nn.Module, list[str]]:
+    """The student, and what is to be told of how it begins."""
+    if recipe.student is None:
+        student = restore(options, splits, Path(job.parents["student"]))
+        keep_zeros(student)  # of a sparsified one
+        return student, []
+    student = fresh(_with_model(options, recipe.student), splits)
+    if not teacher:
+        return student, ["compress.distill.student: it begins with fresh weights, since a teacher from the registry is a file without layers to take"]
+    taken, of = inherit(student, teacher)
+    return student, [f"compress.distill.student: {taken} of its {of} weight tensors begin as the teacher's, those of equal shapes"]
+
+
+def _teaching(teacher: nn.Module, pairs: Pairs) -> Teach:
+    return shown_by(teacher, {kind: [other for _, other in found] for kind, found in pairs.items()})
+
+
+def _pupil(student: nn.Module, teacher: nn.Module, pairs: Pairs, seed: int, splits: Splits) -> Callable[[nn.Module], nn.Module]:
+    """`prepare` of `fit`. The projections are drawn on the host from the seed: the same on every rank and device."""
+    torch.manual_seed(seed)
+    made = projections(student, teacher, pairs, models.example(student, splits.shape, 2))
+    names = {kind: [own for own, _ in found] for kind, found in pairs.items()}
+    return lambda model: Pupil(model, names, made).to(next(model.parameters()).device)
+
+
+FITS: dict[str, Callable[[Fit, Spec, Splits, str], Training]] = {"train": _dense, "distill": _distilled}
 
 
 def trained(job: Job, draft: Draft) -> None:
@@ -225,6 +296,10 @@ def trained(job: Job, draft: Draft) -> None:
     work = job.train()
     shutil.copyfile(work / WEIGHTS, draft.path / WEIGHTS)
     draft.notes.extend(json.loads((work / NOTES).read_text()))
+    if (section := job.options.get("student")) is not None:
+        _write_section(spec.model_of(section), draft.path)
+    elif "student" in job.parents:
+        keep_section(job.parents["student"], draft)
     _describe(restore(job.spec, job.splits, draft.path), job, draft)
     if job.splits.train.lengths is not None:
         draft.scores["padding_waste"] = _waste(job.spec.train, job.splits.train, job.spec.seed)
@@ -242,6 +317,7 @@ def pruned(job: Job, draft: Draft) -> None:
     model = restore(job.spec, job.splits, job.parents["student"].path)
     figures = prune(model, job.splits.shape, spec.Prune(**job.options), len(job.splits.labels), job.splits, job.spec.seed)
     models.save(model, draft.path / WEIGHTS)
+    keep_section(job.parents["student"], draft)
     _describe(model, job, draft)
     draft.scores.update(figures)
     draft.notes.extend(f"compress.prune left as it was {layer}" for layer in figures["skipped"])
@@ -252,6 +328,7 @@ def sparsified(job: Job, draft: Draft) -> None:
     model = restore(job.spec, job.splits, job.parents["student"].path)
     figures = sparsify(model, spec.Sparsify(**job.options))
     models.save(model, draft.path / WEIGHTS)
+    keep_section(job.parents["student"], draft)
     _describe(model, job, draft)
     draft.scores.update(figures)
 
@@ -259,6 +336,23 @@ def sparsified(job: Job, draft: Draft) -> None:
 def _describe(model: nn.Module, job: Job, draft: Draft) -> None:
     draft.scores.update(models.count(model, job.splits.shape))
     draft.scores["validation_accuracy"] = score(model, job.splits.validation)
+
+
+def taught(job: Job, draft: Draft) -> None:
+    """teacher: fp32.onnx of a version, or model.json and model.safetensors of a factory's model; its accuracy on the validation split as score."""
+    teacher, validation = job.options["teacher"], job.splits.validation
+    if not isinstance(teacher, str):
+        model = teachers.made(teacher, job.splits)
+        models.save(model, draft.path / WEIGHTS)
+        _write_section(teachers.section_of(teacher), draft.path)
+        _describe(model, job, draft)
+        return
+    found = teachers.version(job.spec, teacher)
+    teachers.refuse_other_classes(found, teacher, job.splits)
+    shutil.copyfile(found.path / ANSWERS, draft.path / ANSWERS)
+    draft.notes.extend([f"{teacher} is {found.version}", *([found.note] if found.note else [])])
+    logits = evaluate.predict_rows(teachers.answering(job.spec, draft.path / ANSWERS), validation.x, job.spec.export.max_batch)
+    draft.scores["validation_accuracy"] = evaluate.accuracy(logits, validation.y)
 
 
 # --- stages on files --------------------------------------------------------------------------------------------
@@ -429,6 +523,7 @@ STAGES: dict[str, Callable[[Job, Draft], None]] = {
     "prune": pruned,
     "sparsify": sparsified,
     "distill": trained,
+    "teacher": taught,
     "export": exported,
     "quantize": quantized,
     "quantize-fp8": partial(quantized, precision="fp8"),

@@ -26,7 +26,7 @@ from portaisys.precision import Ladder, autocast, first_overflow, products
 from portaisys.rows import Rows, Share
 from portaisys.spec import Train, UserError
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[[Any, Tensor, Tensor], Tensor]  # what the model gave, its logits unless `prepare` made it another; x, y
 
 
 @dataclass(frozen=True)

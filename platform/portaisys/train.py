@@ -50,6 +50,7 @@ def fit(
     validation: Split | None = None,
     loss: Loss | None = None,
     prepare: Callable[[nn.Module], nn.Module] = lambda model: model,
+    begin: Callable[[int, int], None] = lambda step, total: None,
     batches: Batches | None = None,
     cut: Callable[[Rows, int], Sequence[Rows]] | None = None,
     weigh: Callable[[Rows], float] = len,
@@ -65,6 +66,7 @@ def fit(
 
     `folder` keeps the checkpoints; the newest whole one is resumed if it carries `key` (`about`: in readable fields, what the key was
     made of). `prepare(model)` changes the model on its device before anything else, and gives what is trained and returned.
+    `begin(step, total)` is called before each step, repeated ones once, for a loss that changes with the steps.
     `batches(epoch)` gives the epoch's global batches, each the positions of its rows; by default each row once, in batches of
     `options.batch_size`; `cut(rows, world)` a rank's rows of one into micro-batches, by default of like size. `loss(logits, x, y)` is a mean over what `weigh(rows)` counts, by default the rows; where a row holds many
     targets (tokens), the sum of theirs: a step's gradient is that of the mean over the whole batch, however it is shared.
@@ -108,6 +110,7 @@ def fit(
             if step == start or not model.training:  # validation turned it off; the call walks through every module
                 trained.train()
             set_rate(learner.optimizer, options, step, plan.total)
+            begin(step, plan.total)
             shares, ahead = ahead, []
             _copy_all(kept, buffers)  # running statistics, which an overflow would spoil for good
 
