@@ -76,6 +76,8 @@ def audit(reference: str, storage: Storage, data_path: str = "", tell: Callable[
     about = json.loads(found.file("version.json").read_text())
     if not {"test", "reference"} <= about["lineage"].keys():
         raise UserError(f"{version}: was made without a test split (portaisys compile), so there is no verdict to reach again")
+    if version.lineage.get("test") != about["lineage"]["test"]:
+        raise UserError(f"{version}: the registry's lineage and the version's own name different test splits; one of the two was changed")
     opened = registry.open_registry(storage, create=False)
     options = _spec(opened, version, storage, data_path)
     tell("reading the data")

@@ -146,7 +146,7 @@ def run(options: Spec, tell: Tell, *, promote: bool = True, resume: bool = False
         tell("publish", "writing version and report")
         logs = {name: metrics.read(_log_file(folder, name, made.key)) for name, made in artifacts.items()}
         version = _publish(options, artifacts, splits, registry, promote, _curves(logs))
-        page = report.write(folder / "report.html", options, artifacts, logs, str(version))
+        page = report.write(folder / "report.html", options, artifacts, logs, str(version), splits.test)
         tell("publish", f"{version} is {', '.join(version.aliases) or 'published'}", 1.0, "done")
     return Outcome(folder, artifacts, tuple(reused), version, page)
 
@@ -364,7 +364,8 @@ def _publish(
     best = next(row for row in rows if row["engine"] == artifacts["version"].scores["admitted"][0])
     lineage = {name: found.digest for name, found in artifacts.items()}
     lineage |= {"spec": spec.digest(spec.dump(options)), "data": splits.digest, "test": splits.test_digest}
-    lineage |= {"baseline": digest for name, digest in artifacts["version"].files.items() if name == BASELINE}
+    if BASELINE in artifacts["version"].files:  # not in a version that was finished before there was an audit
+        lineage["baseline"] = artifacts["version"].files[BASELINE]
     job = cluster.submission_id()
     known = registry.of_digest(options.name, artifacts["version"].digest)
     run_id = known.run_id if known else registry.log_run(
