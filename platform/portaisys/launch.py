@@ -368,8 +368,10 @@ def _publish(
         lineage["baseline"] = artifacts["version"].files[BASELINE]
     job = cluster.submission_id()
     known = registry.of_digest(options.name, artifacts["version"].digest)
+    # Labels are a user's words, and not all of them may name a metric.
+    scores = {f"{row['engine']} {row['backend']}": {key: value for key, value in row.items() if key != "recall"} for row in rows}
     run_id = known.run_id if known else registry.log_run(
-        options.name, spec.dump(options), lineage, {f"{row['engine']} {row['backend']}": row for row in rows}, {"report": str(run_folder(options) / "report.html")} | ({"ray_job": job} if job else {}), curves,
+        options.name, spec.dump(options), lineage, scores, {"report": str(run_folder(options) / "report.html")} | ({"ray_job": job} if job else {}), curves,
     )  # fmt: skip
     cluster.note_in_job({"mlflow_run": run_id, "portaisys_run": options.name})
     action = "pass" if best["admissible"] else "fail"
