@@ -17,7 +17,9 @@ from portaisys.evaluate import parity
 from portaisys.gate import (
     Candidate,
     Decision,
+    accuracy_interval,
     choose,
+    classes_non_inferior,
     corrected,
     faster,
     least_rows,
@@ -26,10 +28,13 @@ from portaisys.gate import (
     parity_ok,
     planned_rows,
     refuse_undecidable,
+    refuse_undecidable_classes,
     tango_bound,
 )
 from portaisys.spec import UserError
 
+# Of the simulations.
+MARGIN, DISCORDANCE, CONFIDENCE, CANDIDATES = 0.005, 0.04, 0.95, 1000
 # The same cases on every run, and no deadline: the machine is shared.
 repeatable = settings(derandomize=True, deadline=None)
 
@@ -218,11 +223,79 @@ def test_answers_to_different_rows_are_refused(rows):
         non_inferior(baseline, candidate, margin=0.005, confidence=0.95)
 
 
+# --- recall of each class -----------------------------------------------------------------------------------------
+
+
+def _by_class(tables: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """y, baseline and candidate of classes with (b, c, n) each."""
+    pairs = [_pair(*table) for table in tables]
+    y = np.concatenate([np.full(table[2], index) for index, table in enumerate(tables)])
+    return y, np.concatenate([pair[0] for pair in pairs]), np.concatenate([pair[1] for pair in pairs])
+
+
+def test_the_class_that_lost_most_is_named_with_its_rows_and_the_correction():
+    decision = classes_non_inferior(*_by_class([(0, 0, 400), (90, 0, 100), (2, 2, 400)]), ["cat", "dog", "emu"], 0.1, 0.95, looks=2)
+    assert decision.action == "fail" and decision.because.startswith("worst class 'dog': recall drop 90 points, 99.17 % lower bound ")
+    assert "> margin 10 (n=100; corrected for 3 classes x 2 looks (Bonferroni))" in decision.because
+    assert (decision.figures["class"], decision.figures["looks"], decision.figures["corrected_confidence"]) == (1, 2, pytest.approx(1 - 0.05 / 6))
+    json.dumps(decision.to_dict(), allow_nan=False)
+
+
+def test_all_classes_must_pass_and_one_with_too_few_rows_leaves_it_open():
+    enough = [(1, 1, 400)] * 3
+    assert classes_non_inferior(*_by_class(enough), "abc", 0.1, 0.95).action == "pass"
+    decision = classes_non_inferior(*_by_class([*enough[:2], (0, 0, 20)]), "abc", 0.1, 0.95)
+    assert decision.action == "inconclusive" and "worst class 'c'" in decision.because and "rows of it would decide" in decision.because
+
+
+def test_a_class_without_test_rows_is_neither_judged_nor_corrected_for():
+    y, baseline, candidate = _by_class([(1, 1, 400)] * 2)
+    assert classes_non_inferior(y * 2, baseline, candidate, "abc", 0.1, 0.95).figures["corrected_confidence"] == pytest.approx(0.975)
+
+
+def test_the_refusal_names_the_rarest_class_its_rows_and_those_it_needs():
+    rows = {"cat": 900, "emu": 40, "dog": 60}
+    with pytest.raises(UserError) as refused:
+        refuse_undecidable_classes(rows, 0.1, 0.95, looks=2)
+    needed = least_rows(0.1, 0.95, 6)
+    message = str(refused.value)
+    assert message.startswith(f"gate.max_class_recall_drop: 0.1 cannot be decided for class 'emu', which has 40 test rows and needs {needed} ")
+    assert "2 classes have too few" not in message or needed > 60
+    assert "(3 classes x 2 looks at this test split)" in message and "or leave it out" in message
+    refuse_undecidable_classes({name: max(count, needed) for name, count in rows.items()}, 0.1, 0.95, looks=2)
+
+
+CLASSES, CLASS_MARGIN = 10, 0.1
+
+
+def _class_share(action: str, loss: float, seed: int, candidates: int = 300) -> float:
+    """Share of candidates, of this true loss of recall in one class and of none in the others, that the gate answers with `action`."""
+    n, rng = planned_rows(CLASS_MARGIN, DISCORDANCE, corrected(CONFIDENCE, CLASSES), power=0.99), np.random.default_rng(seed)
+    y, hits = np.repeat(np.arange(CLASSES), n), 0
+    lost = np.where(y == 3, DISCORDANCE / 2 + loss, DISCORDANCE / 2)
+    for _ in range(candidates):
+        row = rng.random(len(y))
+        baseline, candidate = (row < lost) | (row > lost + DISCORDANCE / 2), row >= lost
+        hits += classes_non_inferior(y, baseline, candidate, "0123456789", CLASS_MARGIN, CONFIDENCE).action == action
+    return hits / candidates
+
+
+def test_a_class_that_loses_the_margin_hardly_ever_passes_and_candidates_that_lose_nothing_do():
+    assert _class_share("pass", CLASS_MARGIN, 0) <= 0.02  # nominal: 0.05 / 10 classes
+    assert _class_share("pass", 0.0, 1) >= 0.8
+    assert _class_share("fail", 2 * CLASS_MARGIN, 2) >= 0.8
+
+
+def test_the_interval_of_one_accuracy_is_wilsons():
+    from scipy.stats import binomtest
+
+    expected = binomtest(570, 600).proportion_ci(0.95, "wilson")
+    assert accuracy_interval(0.95, 600, 0.95) == pytest.approx((expected.low, expected.high))
+
+
 # --- the simulation: is the gate worth having? --------------------------------------------------------------------
 
 Gate = Callable[[np.ndarray, np.ndarray, float, float], Decision]
-MARGIN, DISCORDANCE, CONFIDENCE, CANDIDATES = 0.005, 0.04, 0.95, 1000
-
 
 def _share(gate: Gate, action: str, loss: float, seed: int) -> float:
     """Share of 1,000 candidates of this true loss that the gate answers with `action`, at the planned rows."""

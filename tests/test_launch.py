@@ -92,7 +92,7 @@ def test_the_version_is_published_promoted_and_traceable(finished):
 def test_the_report_is_one_page_with_curves_and_verdicts(finished):
     _, outcome = finished
     page = outcome.report.read_text()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     for text in ("small fp32", "accuracy", "paired rounds", "Bonferroni", outcome.artifacts["train"].digest[:12]):
         assert text in page
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
@@ -102,7 +102,7 @@ def test_the_report_is_one_page_with_curves_and_verdicts(finished):
 def test_the_plots_of_a_run_are_there_in_a_browser(finished, tmp_path):
     _, outcome = finished
     found = {name: (width, height, paths) for name, width, height, paths in measured(outcome.report, tmp_path)}
-    assert found.keys() == {"intervals", "curves"}
+    assert found.keys() == {"pareto", "intervals", "curves"}
     assert all(width > 400 and height > 100 and paths > 10 for width, height, paths in found.values()), found
     picture = screenshot(outcome.report, tmp_path)
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
@@ -317,7 +317,7 @@ def test_the_command_shows_versions_ledger_and_rolls_back(finished, capsys):
 
 
 def test_every_verb_has_help_with_an_example(capsys):
-    for verb in ("run", "train", "tune", "demo", "spec", "versions", "promote", "rollback", "ledger", "serve", "deploy", "cache"):
+    for verb in ("run", "train", "tune", "demo", "spec", "versions", "audit", "promote", "rollback", "ledger", "serve", "deploy", "cache"):
         with pytest.raises(SystemExit) as stop:
             main([verb, "--help"])
         assert stop.value.code == 0

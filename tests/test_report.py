@@ -12,7 +12,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from portaisys import report
+from portaisys import artifact, data, report, spec
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [
@@ -73,9 +73,9 @@ def chromium(*arguments, folder):
     return subprocess.run([CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", *arguments], capture_output=True, text=True, timeout=120, check=True).stdout
 
 
-def measured(page: Path, folder: Path):
+def measured(page: Path, folder: Path, probe: str = PROBE):
     copy = folder / "probe.html"
-    copy.write_text(page.read_text().replace("</html>", PROBE + "</html>"))
+    copy.write_text(page.read_text().replace("</html>", probe + "</html>"))
     title = re.search(r"<title>(\[\[.*?\]\])</title>", chromium("--dump-dom", "--virtual-time-budget=3000", "--window-size=1200,900", copy.as_uri(), folder=folder))
     assert title
     return json.loads(title[1])
@@ -85,3 +85,87 @@ def screenshot(page: Path, folder: Path):
     file = folder / "page.png"
     chromium(f"--screenshot={file}", "--window-size=1200,1900", page.as_uri(), folder=folder)
     return matplotlib.image.imread(file)[..., :3]
+
+
+# --- the page of a run ----------------------------------------------------------------------------------------------
+
+# Into a copy of the page: how many pictures are there once they are laid out, and how many were decoded.
+PICTURES = """<script>window.onload = () => { const all = [...document.querySelectorAll('figure img')];
+  document.title = JSON.stringify([['pictures', all.length, all.filter(i => i.naturalWidth >= 8 && i.getBoundingClientRect().width > 40).length]]) }</script>"""
+
+
+def row_of(engine, right, **more):
+    """A row of the judge, as JSON holds it."""
+    figures = {"drop": 0.02, "low": 0.005, "high": 0.03, "margin": 0.05, "corrected_confidence": 0.975}
+    verdicts = {"accuracy": {"action": "pass", "because": "accuracy drop", "figures": figures}, "class recall": {"action": "fail", "because": "worst class '3'", "figures": figures}}
+    verdicts["latency"] = {"action": "pass", "because": "faster", "figures": {"ratio": 0.8, "low": 0.7, "high": 0.9}}
+    return {
+        "engine": engine, "backend": "onnxruntime", "precision": "fp32", "device": "cpu", "status": "executed", "parameters": 9000, "macs": 400_000, "size_bytes": 40_000,
+        "accuracy": right, "latency_ms_p50": 0.2, "latency_ms_p99": 0.3, "verdicts": verdicts, "admissible": True, "because": "passed", "reused": False, "notes": [], **more,
+    }  # fmt: skip
+
+
+EVIDENCE = {"test_rows": 600, "macro_f1": 0.93, "recall": {"0": 1.0, "3": 0.9}, "rows_not_finite": 0, "max_abs": 0.1, "agreement": 0.97, "macro_f1_drop": {"drop": 0.02, "low": 0.01, "high": 0.03, "confidence": 0.95}}
+SENSITIVITY = [{"layer": f"stage.{index}.conv", "action": "int8", "drop": 0.01 * (index - 1), "latency_ratio": 1 - 0.1 * index} for index in range(4)]
+
+
+def run_page(folder, test, *, evidence=EVIDENCE, sensitivity=SENSITIVITY, answers=True):
+    """A page of a run with these parts, on the first rows of a split."""
+    rows = [row_of("dense torch", 0.97, backend="torch", verdicts=None, admissible=False, **evidence), row_of("dense fp32", 0.97, verdicts={}, **evidence), row_of("small fp32", 0.95, parameters=3000, macs=100_000, latency_ms_p50=0.1, **evidence)]
+    scores = {
+        "train": {"validation_accuracy": 0.97, "parameters": 9000, "macs": 400_000}, "prune-1": {"validation_accuracy": 0.95, "parameters": 3000, "macs": 100_000} | ({"sensitivity": sensitivity} if sensitivity else {}),
+        "judge": {"rows": rows, "looks": 2}, "version": {"admitted": ["small fp32"]},
+    }  # fmt: skip
+    made = {}
+    for name, found in scores.items():
+        with artifact.writing(folder / name, kind=name, key=name, parents={}, spec={}) as draft:
+            draft.scores.update(found)
+            if name == "judge" and answers:
+                y = test.y.astype(np.int32)
+                before, now = y.copy(), y.copy()
+                before[:3], now[3:23] = (before[:3] + 1) % len(test.table.labels), (now[3:23] + 1) % len(test.table.labels)
+                np.savez(draft.path / "answers.npz", y=y, dense_torch=before, small_fp32=now)
+        made[name] = artifact.read(folder / name)
+    logs = {"train": [{"epoch": 1, "loss": 1.0, "validation_accuracy": 0.9}, {"epoch": 2, "loss": 0.5, "validation_accuracy": 0.97}]}
+    return report.write(folder / "report.html", spec.parse({"name": "page"}), made, logs, "page@1", test if answers else None)
+
+
+def test_a_page_says_what_changed_from_dense_to_served_with_bounds(tmp_path, digits):
+    text = run_page(tmp_path, digits.test).read_text()
+    for words in ("drop 2.00 points, between 0.50 and 3.00 (each at 97.5 %)", "drop 2.00 points, between 1.00 and 3.00 (each at 95 %)", "-66.7%", "-75.0%", "-50.0%", "100.00% to 100.00%", "class recall: fail"):
+        assert words in text, words
+    assert "right before, wrong now: 20 of 600" in text and "wrong before, right now: 3 of 600" in text and text.count("<figcaption>") == report.FLIPS + 3
+    assert "-2.00 points" in text and "3 k (33%)" in text and "0.1 M (25%)" in text
+
+
+def test_texts_whose_answer_changed_are_shown_as_text(tmp_path):
+    rows = tmp_path / "rows.tsv"
+    rows.write_text("text\tlabel\n" + "".join(f"{'good' if index % 2 else 'bad'} film number {index} <b>\t{'pos' if index % 2 else 'neg'}\n" for index in range(400)))
+    splits = data.load(spec.Text(source="text", kind="file", path=str(rows), validation_rows=40, calibration_rows=40, test_rows=100, vocabulary=300))
+    text = run_page(tmp_path, splits.test).read_text()
+    assert text.count("<blockquote>") == report.FLIPS + 3 and "&lt;b&gt;" in text and "<b>\t" not in text and "dense pos" in text and "<img" not in text
+
+
+@pytest.mark.parametrize("missing", [{"evidence": {}}, {"sensitivity": []}, {"answers": False}])
+def test_a_page_without_a_part_leaves_it_out(tmp_path, digits, missing):
+    text = run_page(tmp_path, digits.test, **missing).read_text()
+    assert ("id='right-before-wrong-now'" in text) == ("answers" not in missing)
+    assert ('id="sensitivity-prune-1"' in text) == ("sensitivity" not in missing)
+    assert ("macro-F1" in text) == ("evidence" not in missing)
+    assert 'id="pareto"' in text and "What each step bought" in text
+
+
+def test_pictures_of_three_channels_are_in_colour_and_flat_rows_are_numbers():
+    assert report._picture(np.zeros((3, 4, 4)), "a < b").startswith('<img alt="a &lt; b" src="data:image/png;base64,')
+    assert report._picture(np.arange(10.0), "") == "<code>0, 1, 2, 3, 4, 5, 6, 7, …</code>"
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Debian's chromium")
+def test_plots_and_pictures_of_a_run_are_there_in_a_browser(tmp_path, digits):
+    page = run_page(tmp_path, digits.test)
+    found = {name: (width, height, paths) for name, width, height, paths in measured(page, tmp_path)}
+    assert found.keys() == {"pareto", "intervals", "sensitivity-prune-1", "curves"}
+    assert all(width > 400 and height > 100 and paths > 10 for width, height, paths in found.values()), found
+    assert measured(page, tmp_path, PICTURES) == [["pictures", report.FLIPS + 3, report.FLIPS + 3]]
+    assert not re.search(r"<(script|link|iframe)\b|@import|url\((?!#)|src=\"(?!data:image/png)", page.read_text())
+    assert len(np.unique(screenshot(page, tmp_path).reshape(-1, 3), axis=0)) > 100

@@ -13,6 +13,7 @@ from portaisys import spec
 from portaisys.screen import (
     Screen,
     answered_table,
+    audit_table,
     closing_table,
     compiled_table,
     console,
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        options.verb(options)
+        code: int | None = options.verb(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 143
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _verb(verbs, demo, "run a spec, then serve it and ask it real requests", "portaisys demo jobs/specs/digits.yaml", _spec_arguments, _resume_argument)
     _verb(verbs, show_spec, "print the resolved spec, or its JSON schema", "portaisys spec jobs/specs/digits.yaml train.epochs=3", _optional_spec_arguments, name="spec")
     _verb(verbs, versions, "list the versions of a name", "portaisys versions digits", _name_argument, _storage_arguments)
+    _verb(verbs, audit, "judge a version again: its engines on the test rows it was judged on, the same gate", "portaisys audit digits@production", _version_argument, _audit_arguments, _storage_arguments)
     _verb(verbs, promote, "put a version with a passing verdict in production", "portaisys promote digits@2", _version_argument, _because_arguments, _storage_arguments)
     _verb(verbs, rollback, "put back the version that was in production before", "portaisys rollback digits", _name_argument, _because_arguments, _storage_arguments)
     _verb(verbs, traffic, "a canary that answers a share of the requests, a shadow whose answers are compared", "portaisys traffic digits --canary 3 --percent 10 --shadow 4", _name_argument, _traffic_arguments, _because_arguments, _storage_arguments)
@@ -76,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _verb(verbs: Any, function: Callable[[argparse.Namespace], None], text: str, example: str, *add: Callable[[Any], None], name: str = "") -> None:
+def _verb(verbs: Any, function: Callable[[argparse.Namespace], int | None], text: str, example: str, *add: Callable[[Any], None], name: str = "") -> None:
     parser = verbs.add_parser(
         name or function.__name__, help=text, description=text, epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -119,6 +121,10 @@ def _name_argument(parser: Any) -> None:
 
 def _version_argument(parser: Any) -> None:
     parser.add_argument("reference", metavar="NAME@VERSION", help="a version or an alias, for example digits@2 or digits@candidate")
+
+
+def _audit_arguments(parser: Any) -> None:
+    parser.add_argument("--data", default="", metavar="PATH", help="where the data lies now (default: data.path of the version's spec); it is held against the digest of the test split")
 
 
 def _because_arguments(parser: Any) -> None:
@@ -339,6 +345,18 @@ def show_spec(options: argparse.Namespace) -> None:
 
 def versions(options: argparse.Namespace) -> None:
     console.print(versions_table(_registry(options).versions(options.name)))
+
+
+def audit(options: argparse.Namespace) -> int:
+    from portaisys import audit as auditing
+
+    with Screen() as tell:
+        found = auditing.audit(options.reference, Storage(path=options.storage), options.data, lambda text: tell("audit", text))
+        tell("audit", "done", 1.0, "done")
+    audit_table(found)
+    if found.differs:
+        print(f"{found.version} differs from its verdict: {'; '.join(found.differs)}", file=sys.stderr)
+    return 1 if found.differs else 0
 
 
 def promote(options: argparse.Namespace) -> None:

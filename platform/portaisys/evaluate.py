@@ -1,4 +1,4 @@
-"""Scores any `predict` callable: accuracy, parity with a reference, latency.
+"""Scores any `predict` callable: accuracy, macro-F1, recall of each class, parity with a reference, latency.
 
 Written once and used for eager, pruned, INT8, ONNX and TensorRT alike: a callable goes in, numbers come out.
 Knows nothing of what stands behind the callable, of files, and of what is good enough (`gate` judges).
@@ -34,10 +34,20 @@ def predict_rows(run: Callable[[Array], Array], x: Array, batch: int) -> Array:
     return np.concatenate(answers)
 
 
+def answered(logits: Array) -> NDArray[np.int64]:
+    """The class that each row of logits [n, classes] answers, int64 [n]; -1 where a logit is NaN."""
+    # argmax calls NaN the largest, so a model of nothing but NaN would answer class 0 and be right now and then.
+    return np.where(np.isnan(logits).any(axis=1), -1, logits.argmax(axis=1)).astype(np.int64)
+
+
 def correct(logits: Array, y: Array) -> NDArray[np.bool_]:
     """Whether each row of logits [n, classes] is right about y [n]: what the paired gate compares."""
-    # argmax calls NaN the largest, so a model of nothing but NaN would answer class 0 and be right now and then.
-    return np.asarray((logits.argmax(axis=1) == y) & ~np.isnan(logits).any(axis=1))
+    return np.asarray(answered(logits) == y)
+
+
+def rows_not_finite(logits: Array) -> int:
+    """Of how many rows of logits [n, classes] one is NaN or infinite."""
+    return int((~np.isfinite(logits)).any(axis=1).sum())
 
 
 def accuracy(logits: Array, y: Array) -> float:
@@ -52,6 +62,14 @@ def class_recall(logits: Array, y: Array, classes: int) -> NDArray[np.float64]:
     recall = np.full(classes, np.nan)
     np.divide(hits, rows, out=recall, where=rows > 0)
     return recall
+
+
+def macro_f1(answers: NDArray[np.int64], y: NDArray[np.int64], classes: int) -> float:
+    """Mean over the classes that have rows in y [n] of 2 TP / (2 TP + FP + FN), in [0, 1]; `answers` [n], -1 for none."""
+    rows, given = np.bincount(y, minlength=classes), np.bincount(answers[answers >= 0], minlength=classes)
+    hits = np.bincount(y[answers == y], minlength=classes)
+    there = rows > 0
+    return float((2 * hits[there] / (rows[there] + given[there])).mean())
 
 
 @dataclass(frozen=True)

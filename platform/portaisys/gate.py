@@ -1,7 +1,7 @@
 """Scores in, Decision(action, because) out: paired statistics, never a bare comparison of two means.
 
-Judges accuracy (non-inferiority on the same rows), speed (paired rounds) and parity, and says how many rows a
-judgement takes. Knows nothing of models, engines or files, and acts on nothing: others carry its decisions out.
+Judges accuracy and the recall of each class (non-inferiority on the same rows), speed (paired rounds) and parity, and
+says how many rows a judgement takes. Knows nothing of models, engines or files, and acts on nothing: others carry its decisions out.
 
 Throughout, of n rows that both models answered, b were answered rightly by the baseline alone and c by the
 candidate alone; the drop is d = (b - c) / n, a fraction. Every bound is one-sided, unless said otherwise.
@@ -124,6 +124,65 @@ def non_inferior(baseline_correct: Correct, candidate_correct: Correct, margin: 
     return Decision("inconclusive", because, {**figures, "n_needed": int(needed)})
 
 
+# --- recall of each class -----------------------------------------------------------------------------------------
+
+
+def classes_non_inferior(
+    y: NDArray[np.int64], baseline_correct: Correct, candidate_correct: Correct, labels: Sequence[str], margin: float, confidence: float, looks: int = 1
+) -> Decision:
+    """Whether every class that has rows in y [n] loses at most `margin` (a fraction of its own rows) of recall, from paired booleans [n], [n].
+
+    `non_inferior` on the rows of each class, the confidence corrected (Bonferroni) for classes times looks. All pass: pass.
+    The lower bound of one is beyond the margin: fail. Otherwise inconclusive. The verdict names the worst class; its index is `class` of the figures.
+    """
+    there = [int(index) for index in np.unique(y)]
+    found = {index: non_inferior(baseline_correct[y == index], candidate_correct[y == index], margin, confidence, looks * len(there)) for index in there}
+    failed = [index for index in there if found[index].action == "fail"]
+    worst = max(failed, key=lambda index: found[index].figures["low"]) if failed else max(there, key=lambda index: found[index].figures["high"])
+    action = found[worst].action
+    figures = {**found[worst].figures, "class": worst, "classes": len(there), "classes_failed": len(failed), "looks": looks}
+    return Decision(action, f"worst class {labels[worst]!r}: {_class_said(figures, action)}", figures)
+
+
+def _class_said(figures: Mapping[str, float | int], action: Action) -> str:
+    low, high, margin = (_points(figures[name]) for name in ("low", "high", "margin"))
+    bound = {"pass": f"bound {high} <= margin {margin}", "fail": f"lower bound {low} > margin {margin}", "inconclusive": f"bounds {low} and {high} enclose margin {margin}"}[action]
+    others = f"; {figures['classes_failed']:,} classes fail" if figures["classes_failed"] > 1 else ""
+    decides = f"; about {figures['n_needed']:,} rows of it would decide" if "n_needed" in figures else ""
+    each = f"corrected for {figures['classes']} classes x {figures['looks']} look{'s' * (figures['looks'] != 1)} (Bonferroni)"
+    return f"recall drop {_points(figures['drop'])} points, {_percent(figures['corrected_confidence'])} {bound} (n={figures['n']:,}; {each}{decides}{others})"
+
+
+def macro_f1_drop(
+    y: NDArray[np.int64], baseline: NDArray[np.int64], candidate: NDArray[np.int64], classes: int, confidence: float, seed: int = 0
+) -> dict[str, float]:
+    """`drop` of macro-F1 from one model's answers [n] to another's, with `low` and `high`, each one-sided at `confidence`: reported, not gated.
+
+    Paired bootstrap (Efron 1979) over rows, percentiles; rows of like label and answers are drawn together, which is the same draw. -1 answers no class.
+    """
+    cells, counts = np.unique(np.stack([y, baseline, candidate]), axis=1, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(len(y), counts / len(y), size=RESAMPLES)
+    drops = _macro_f1(drawn, cells[0], cells[1], classes) - _macro_f1(drawn, cells[0], cells[2], classes)
+    drop = _macro_f1(counts[None], cells[0], cells[1], classes) - _macro_f1(counts[None], cells[0], cells[2], classes)
+    low, high = np.quantile(drops, (1 - confidence, confidence))
+    return {"drop": float(drop[0]), "low": float(low), "high": float(high), "confidence": confidence}
+
+
+def _macro_f1(counts: NDArray[Any], y: NDArray[np.int64], answers: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
+    """[draws] from counts [draws, cells] of (label, answer): mean over the classes that were drawn."""
+    of = np.eye(classes + 1)  # the last row: -1, no class
+    rows, given, hits = (counts.astype(np.float64) @ part for part in (of[y], of[answers], of[y] * (y == answers)[:, None]))
+    f1 = np.divide(2 * hits, rows + given, out=np.zeros_like(hits), where=rows > 0)[:, :classes]
+    return np.asarray(f1.sum(1) / (rows[:, :classes] > 0).sum(1))
+
+
+def accuracy_interval(accuracy: float, rows: int, confidence: float) -> tuple[float, float]:
+    """Two-sided interval of one accuracy over so many rows (Wilson 1927), for a picture: verdicts come from paired rows."""
+    z2 = _z((1 + confidence) / 2) ** 2
+    middle, half = (accuracy + z2 / (2 * rows)) / (1 + z2 / rows), math.sqrt(z2 * (accuracy * (1 - accuracy) / rows + z2 / (4 * rows**2))) / (1 + z2 / rows)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def _discordant(baseline: Correct, candidate: Correct) -> tuple[int, int, int]:
     if baseline.ndim != 1 or baseline.shape != candidate.shape or not baseline.size:
         raise UserError(f"gate: baseline and candidate must answer the same rows; got {list(baseline.shape)} and {list(candidate.shape)}")
@@ -181,6 +240,23 @@ def refuse_undecidable(rows: int, margin: float, confidence: float, looks: int =
         f"(looks at this test split: {looks}): even a candidate that never differs has a bound of {bound:.4f}; "
         f"give at least {least_rows(margin, confidence, looks):,} test rows (data.test_rows) "
         f"or widen gate.max_accuracy_drop to at least {math.ceil(bound * 1e4) / 1e4:.4f}"
+    )
+
+
+def refuse_undecidable_classes(rows: Mapping[str, int], margin: float, confidence: float, looks: int = 1) -> None:
+    """Raise UserError, before any work is spent, when a class has too few test rows to pass any candidate. `rows`: of each class by its label."""
+    tests = looks * len(rows)
+    label = min(rows, key=lambda name: rows[name])
+    _, bound = tango_bound(0, 0, rows[label], corrected(confidence, tests))
+    if bound <= margin:
+        return
+    needed = least_rows(margin, confidence, tests)
+    few = sum(count < needed for count in rows.values())
+    raise UserError(
+        f"gate.max_class_recall_drop: {margin:g} cannot be decided for class {label!r}, which has {rows[label]:,} test rows and needs {needed:,} "
+        f"at {_percent(corrected(confidence, tests))} confidence ({len(rows)} classes x {looks} looks at this test split){f'; {few} classes have too few' if few > 1 else ''}: "
+        f"even a candidate that never differs has a bound of {bound:.4f}; give more test rows (data.test_rows), "
+        f"widen gate.max_class_recall_drop to at least {math.ceil(bound * 1e4) / 1e4:.4f}, or leave it out: recall is then reported and not gated"
     )
 
 

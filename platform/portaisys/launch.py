@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import yaml
 
@@ -23,6 +24,7 @@ from portaisys import artifact, cluster, data, gate, metrics, models, report, sp
 from portaisys.artifact import Artifact
 from portaisys.data import Splits
 from portaisys.engine import TYPED, available, backend
+from portaisys.judge import BASELINE
 from portaisys.registry import Registry, Version, open_registry
 from portaisys.spec import Spec, UserError
 from portaisys.stages import FITS, STAGES, WEIGHTS, Fit, Job, batches, threads, trace_file
@@ -154,7 +156,7 @@ def run(options: Spec, tell: Tell, *, promote: bool = True, resume: bool = False
         tell("publish", "writing version and report")
         logs = {name: metrics.read(_log_file(folder, name, made.key)) for name, made in artifacts.items()}
         version = _publish(options, artifacts, splits, registry, promote, _curves(logs))
-        page = report.write(folder / "report.html", options, artifacts, logs, str(version))
+        page = report.write(folder / "report.html", options, artifacts, logs, str(version), splits.test)
         tell("publish", f"{version} is {', '.join(version.aliases) or 'published'}", 1.0, "done")
     return Outcome(folder, artifacts, tuple(reused), version, page)
 
@@ -298,6 +300,10 @@ def preflight(options: Spec, splits: Splits, looks: int) -> None:
     candidates = sum(stage.kind == "export" for stage in plan(planned)) + len(low)
     if candidates > 1:
         gate.refuse_undecidable(len(splits.test), options.gate.max_accuracy_drop, options.gate.confidence, looks + candidates)
+        if options.gate.max_class_recall_drop is not None:
+            rows = np.bincount(splits.test.y, minlength=len(splits.labels))
+            by_label = {label: int(count) for label, count in zip(splits.labels, rows, strict=True) if count}
+            gate.refuse_undecidable_classes(by_label, options.gate.max_class_recall_drop, options.gate.confidence, looks + candidates)
 
 
 def _one(
@@ -324,7 +330,7 @@ def _one(
     )  # fmt: skip
     job = Job(
         options, stage.kind, key, stage.options, parents, splits, train=partial(training.carry, options, fit, partial(tell, stage.name)),
-        looks=partial(_record_looks, registry, splits.test_digest), tell=partial(tell, stage.name),
+        looks=partial(_record_looks, registry, splits), tell=partial(tell, stage.name),
     )  # fmt: skip
     tell(stage.name)
     logged = {"run": options.name, "stage": stage.name, "key": key[:12]}  # what JSON logs are searched by
@@ -338,9 +344,9 @@ def _one(
     return made, False
 
 
-def _record_looks(registry: Registry | None, test_digest: str, candidates: Sequence[str]) -> int:
+def _record_looks(registry: Registry | None, splits: Splits, candidates: Sequence[str]) -> int:
     assert registry, "only a run with a registry may look at the test split"
-    return registry.record_looks(test_digest, candidates)
+    return registry.record_looks(splits.test_digest, candidates)
 
 
 def _finish(options: Spec, made: Artifact, uri: str, work: Path) -> None:
@@ -358,6 +364,8 @@ def _sections(options: Spec, stage: Stage) -> dict[str, Any]:
     """What of the spec a stage depends on; for a user's own model its code too."""
     tree = options.model_dump(mode="json")
     found = {name: tree[name] for name in stage.sections}
+    if "gate" in found and found["gate"]["max_class_recall_drop"] is None:  # what was judged before there was such a gate stands
+        del found["gate"]["max_class_recall_drop"]
     if "train" in found:
         found["train"] = {name: value for name, value in found["train"].items() if name not in _NOT_IN_KEYS}
         if options.train.speed != "auto":  # means that change no bit may come and go
@@ -396,10 +404,14 @@ def _publish(
     best = next(row for row in rows if row["engine"] == artifacts["version"].scores["admitted"][0])
     lineage = {name: found.digest for name, found in artifacts.items()}
     lineage |= {"spec": spec.digest(spec.dump(options)), "data": splits.digest, "test": splits.test_digest}
+    if BASELINE in artifacts["version"].files:  # not in a version that was finished before there was an audit
+        lineage["baseline"] = artifacts["version"].files[BASELINE]
     job = cluster.submission_id()
     known = registry.of_digest(options.name, artifacts["version"].digest)
+    # Labels are a user's words, and not all of them may name a metric.
+    scores = {f"{row['engine']} {row['backend']}": {key: value for key, value in row.items() if key != "recall"} for row in rows}
     run_id = known.run_id if known else registry.log_run(
-        options.name, spec.dump(options), lineage, {f"{row['engine']} {row['backend']}": row for row in rows}, {"report": str(run_folder(options) / "report.html")} | ({"ray_job": job} if job else {}), curves,
+        options.name, spec.dump(options), lineage, scores, {"report": str(run_folder(options) / "report.html")} | ({"ray_job": job} if job else {}), curves,
     )  # fmt: skip
     cluster.note_in_job({"mlflow_run": run_id, "portaisys_run": options.name})
     action = "pass" if best["admissible"] else "fail"

@@ -34,10 +34,12 @@ from filelock import FileLock, Timeout
 
 from portaisys import artifact
 from portaisys.spec import Storage, UserError
+from portaisys.spec import digest as value_digest
 
 LEDGER = "portaisys-ledger"
 CANDIDATE = "candidate"
 PRODUCTION = "production"
+SPEC = "spec.json"  # of a run, beside its parameters
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
@@ -269,11 +271,22 @@ class Registry:
             run_id = str(self.client.create_run(experiment, run_name=name, tags=all_tags).info.run_id)
             try:
                 self._log_values(run_id, spec_dict, scores, curves or {})
+                self.client.log_dict(run_id, dict(spec_dict), SPEC)  # whole: parameters are flat text, from which no spec can be read
             except BaseException:
                 self.client.set_terminated(run_id, status="FAILED")
                 raise
             self.client.set_terminated(run_id)
         return run_id
+
+    def spec_of(self, version: Version) -> dict[str, Any]:
+        """The spec of the run that made a version, as it was logged. Raises UserError when it is not there or not the one of the version's lineage."""
+        with self.asking(f"reading the spec of {version}"), tempfile.TemporaryDirectory() as folder:
+            if not any(file.path == SPEC for file in self.client.list_artifacts(version.run_id)):
+                raise UserError(f"{version}: its run {version.run_id} holds no {SPEC} (an older portaisys published it); run its spec again under another name")
+            tree: dict[str, Any] = json.loads(Path(self.client.download_artifacts(version.run_id, SPEC, folder)).read_text())
+        if value_digest(tree) != version.lineage.get("spec"):
+            raise UserError(f"{version}: {SPEC} of its run {version.run_id} is not the spec of its lineage ({version.lineage.get('spec', 'none')[:12]}); it was changed")
+        return tree
 
     def _experiment(self, name: str) -> str:
         with self.asking("creating an experiment"):
@@ -492,6 +505,16 @@ class Registry:
     def looks(self, test_digest: str) -> int:
         """How many distinct candidates were ever scored on a test split."""
         return len(_looked(self.ledger(test_digest)))
+
+    def looks_of(self, test_digest: str, digests: Sequence[str]) -> tuple[int, ...]:
+        """The counts that looks at a test split had come to when these candidates took them together: one each time they were judged.
+
+        `digests`: those that never looked (data, weights, verdicts) are passed over, as are precisions written behind a candidate's digest.
+        """
+        entries = [entry for entry in self.ledger(test_digest) if entry.event == "look"]
+        each = [{digest.partition(" ")[0] for digest in _looked([entry])} for entry in entries]
+        mine = {*digests} & {digest for found in each for digest in found}
+        return tuple(len(_looked(entries[: index + 1])) for index, found in enumerate(each) if mine and mine <= found)
 
     def _record(self, event: str, name: str, version: int | None, because: str, details: Mapping[str, Any]) -> None:
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,21 +1,26 @@
-"""One self-contained HTML page a run (what was decided and why, the table, the curves) and one a search (front, parallel coordinates, hypervolume).
+"""One self-contained HTML page a run (before and after, the candidates, verdicts, flipped rows, steps, curves) and one a search (front, parallel coordinates, hypervolume).
 
-Reads artifacts and logs; computes no score of its own.
+Reads artifacts, logs and the test rows whose answers changed; computes no score of its own. What an artifact does not hold is left out.
 """
 
 from __future__ import annotations
 
+import base64
 import html
 import io
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from portaisys import artifact
 from portaisys.artifact import Artifact
 from portaisys.spec import Spec, to_yaml
+
+if TYPE_CHECKING:
+    from portaisys.data import Split
 
 COLUMNS = ("engine", "backend", "status", "accuracy", "params", "MACs", "KiB", "p50 ms", "p99 ms", "verdict")
 NUMBERS = range(3, 9)
@@ -25,6 +30,7 @@ body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding
 table{border-collapse:collapse;width:100%;font-size:14px}th,td{padding:.4rem .6rem;text-align:left;border-bottom:1px solid #d9dee4}
 td.n{text-align:right;font-variant-numeric:tabular-nums}tr.best{background:#eaf6ec}.pass{color:#136f2d}.fail{color:#b3261e}
 .inconclusive{color:#8a5a00}.wide{overflow-x:auto}pre{background:#f5f7f9;padding:1rem;overflow:auto}svg{max-width:100%;height:auto}code{font-size:13px}
+.flips{display:flex;flex-wrap:wrap;gap:.6rem}figure{margin:0;font-size:12px;max-width:15rem}figure img{width:72px;height:72px;object-fit:contain;image-rendering:pixelated;display:block}
 """
 
 
@@ -54,14 +60,20 @@ def _ms(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def write(path: Path, spec: Spec, artifacts: Mapping[str, Artifact], logs: Mapping[str, Sequence[Mapping[str, Any]]], version: str) -> Path:
-    """Write the page for a finished run: its artifacts and step logs by stage name."""
+def write(
+    path: Path, spec: Spec, artifacts: Mapping[str, Artifact], logs: Mapping[str, Sequence[Mapping[str, Any]]], version: str, test: Split | None = None
+) -> Path:
+    """Write the page for a finished run: its artifacts and step logs by stage name; `test`: the rows, of which those whose answer changed are shown."""
     rows = artifacts["judge"].scores["rows"]
     best = artifacts["version"].scores["admitted"][0]
     parts = [
         f"<h1>{html.escape(spec.name)}</h1><p>Published as <b>{html.escape(version)}</b>, served by <b>{html.escape(best)}</b> on {_backend(rows, best)}{_choice(artifacts)}.</p>",
-        "<h2>Candidates</h2>", _table(rows, best),
+        "<h2>Before and after</h2>", _before_and_after(rows, best),
+        "<h2>Candidates</h2>", _table(rows, best), _pareto(rows, spec.gate.confidence),
         "<h2>Verdicts</h2>", _intervals(rows), _verdicts(rows, artifacts["judge"].scores["looks"]),
+        _titled("Rows whose answer changed", _flips(artifacts["judge"], best, test)),
+        _titled("Sensitivity", _sensitivity(artifacts)),
+        "<h2>What each step bought</h2>", _steps(artifacts),
         "<h2>Training</h2>", _curves(logs),
         "<h2>Stages</h2>", _stages(artifacts),
         "<h2>Spec</h2><pre>", html.escape(to_yaml(spec)), "</pre>",
@@ -94,6 +106,188 @@ def _table(rows: Sequence[Mapping[str, Any]], best: str) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
+def _titled(title: str, body: str) -> str:
+    return f"<h2>{title}</h2>{body}" if body else ""
+
+
+def _rows_of(head: Sequence[str], body: Sequence[Sequence[str]], name: str = "") -> str:
+    """A table; numbers stand in every column but the first and, where it is prose, the last."""
+    top = "".join(f"<th>{html.escape(text)}</th>" for text in head)
+    lines = ["".join(f"<td class='{'n' if index else 't'}'>{html.escape(text)}</td>" for index, text in enumerate(row)) for row in body]
+    return f"<div class='wide'><table id='{name}'><thead><tr>{top}</tr></thead><tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody></table></div>"
+
+
+# --- before and after -----------------------------------------------------------------------------------------------
+
+# Title, key of a row, factor, unit.
+_MEASURES = (
+    ("accuracy", "accuracy", 100, "%"), ("macro-F1", "macro_f1", 100, "%"), ("parameters", "parameters", 1e-3, "k"), ("MACs", "macs", 1e-6, "M"),
+    ("file", "size_bytes", 1 / 1024, "KiB"), ("latency p50, batch 1", "latency_ms_p50", 1, "ms"), ("latency p99, batch 1", "latency_ms_p99", 1, "ms"),
+    ("answers as the dense model", "agreement", 100, "%"), ("largest difference of logits", "max_abs", 1, ""), ("rows with NaN or infinity", "rows_not_finite", 1, ""),
+)  # fmt: skip
+
+
+def _before_and_after(rows: Sequence[Mapping[str, Any]], best: str) -> str:
+    """The dense torch model, its plain engine and what is served, and from the first to the last what changed."""
+    executed = {row["engine"]: row for row in reversed(rows) if row["status"] == "executed"}
+    dense, served = rows[0], executed[best]
+    shown = list({row["engine"]: row for row in (dense, executed.get("dense fp32", served), served)}.values())
+    body = []
+    for title, key, factor, unit in _MEASURES:
+        values = [row.get(key) for row in shown]
+        if any(value is not None for value in values):
+            body.append([title, *(_value(value, factor, unit) for value in values), _change(title, key, dense, served)])
+    if worst := _worst_class(dense, served):
+        body.append(worst[:1] + [""] * (len(shown) - 1) + worst[1:])
+    return _rows_of(["", *(f"{row['engine']} ({row['backend']})" for row in shown), "change"], body, "before-and-after")
+
+
+def _value(value: float | None, factor: float, unit: str) -> str:
+    return "-" if value is None else f"{value * factor:,.4g} {unit}".strip()
+
+
+def _change(title: str, key: str, dense: Mapping[str, Any], served: Mapping[str, Any]) -> str:
+    """Of what is judged in pairs the drop with its bounds; of sizes and times the ratio."""
+    paired = {"accuracy": ((served.get("verdicts") or {}).get("accuracy") or {}).get("figures"), "macro_f1": served.get("macro_f1_drop")}
+    if figures := paired.get(key):
+        confidence = figures.get("corrected_confidence", figures.get("confidence", 0))
+        return f"drop {100 * figures['drop']:.2f} points, between {100 * figures['low']:.2f} and {100 * figures['high']:.2f} (each at {100 * confidence:.4g} %)"
+    if key in ("parameters", "macs", "size_bytes") or key.startswith("latency"):
+        before, after = dense.get(key), served.get(key)
+        return f"{after / before - 1:+.1%}" if before and after else ""
+    return ""
+
+
+def _worst_class(dense: Mapping[str, Any], served: Mapping[str, Any]) -> list[str]:
+    """The class that lost most recall."""
+    before, after = dense.get("recall") or {}, served.get("recall") or {}
+    drops = {label: before[label] - after[label] for label in before if before[label] is not None and after.get(label) is not None}
+    if not drops:
+        return []
+    label = max(drops, key=lambda name: drops[name])
+    return [f"recall of the class that lost most, {label}", f"{before[label]:.2%} to {after[label]:.2%}", f"drop {100 * drops[label]:.2f} points"]
+
+
+def _pareto(rows: Sequence[Mapping[str, Any]], confidence: float) -> str:
+    """Accuracy with its interval against latency, and against MACs; the bubble is as large as the model has parameters, and the line joins what nothing beats."""
+    from portaisys.gate import accuracy_interval
+
+    shown = [row for row in rows if row["accuracy"] is not None and row["latency_ms_p50"] is not None]
+    if not shown:
+        return ""
+    figure, most = _figure(11, 4.2), max(row["parameters"] for row in shown) or 1
+    for axis, (key, factor, title) in zip(figure.subplots(1, 2, sharey=True), (("latency_ms_p50", 1, "latency p50 at batch 1, ms"), ("macs", 1e-6, "MACs, millions")), strict=True):
+        points = [(row[key] * factor, 100 * row["accuracy"]) for row in shown]
+        for row, (x, y) in zip(shown, points, strict=True):
+            colour = "#6b7680" if row["backend"] == "torch" else "#136f2d" if row["admissible"] else "#b3261e"
+            if row.get("test_rows"):
+                low, high = (100 * bound for bound in accuracy_interval(row["accuracy"], row["test_rows"], confidence))
+                axis.errorbar(x, y, yerr=[[max(0.0, y - low)], [max(0.0, high - y)]], color=colour, capsize=3, alpha=0.6)
+            axis.scatter(x, y, s=30 + 300 * row["parameters"] / most, color=colour, alpha=0.6, edgecolors="none")
+            axis.annotate(row["engine"], (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8)
+        front = [point for point in sorted(set(points)) if not any(x <= point[0] and y >= point[1] and (x, y) != point for x, y in points)]
+        axis.plot(*zip(*front, strict=True), color="#1f5fa8", linewidth=1, linestyle="--")
+        axis.set(xlabel=title, xscale="log")
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel(f"test accuracy, % ({100 * confidence:.4g} % interval)")
+    return _svg(figure, "pareto", "accuracy with its interval against latency and against MACs of each engine; bubbles as large as the parameters, green admissible, red not, grey torch")
+
+
+# --- rows whose answer changed --------------------------------------------------------------------------------------
+
+FLIPS, PAIRS, TEXT = 12, 8, 240  # rows shown of each kind, pairs of classes, characters of a text
+
+
+def _flips(judged: Artifact, best: str, test: Split | None) -> str:
+    """Rows that the dense model answers rightly and the served engine wrongly, and the reverse: how many, which classes, some of them."""
+    if "answers.npz" not in judged.files:
+        return ""
+    arrays = artifact.read_arrays(judged.file("answers.npz"))
+    y, before, now = arrays["y"], arrays["dense_torch"], arrays[best.replace(" ", "_")]
+    labels = test.table.labels if test else ()
+    said = []
+    for title, chosen in (("right before, wrong now", (before == y) & (now != y)), ("wrong before, right now", (before != y) & (now == y))):
+        positions = chosen.nonzero()[0]
+        said.append(f"<h3>{title}: {len(positions):,} of {len(y):,}</h3>")
+        pairs = Counter((int(y[p]), int(before[p]), int(now[p])) for p in positions).most_common(PAIRS)
+        if pairs:
+            said.append(_rows_of(["class", "dense model", "served", "rows"], [[*(_named(index, labels) for index in pair), f"{count:,}"] for pair, count in pairs], title.replace(", ", "-").replace(" ", "-")))
+        if test:
+            said.append(_examples(test, positions[:FLIPS], y, before, now))
+    return "".join(said)
+
+
+def _named(index: int, labels: Sequence[str]) -> str:
+    return "none (NaN)" if index < 0 else labels[index] if labels else str(index)
+
+
+def _examples(test: Split, positions: Any, y: Any, before: Any, now: Any) -> str:
+    if not len(positions):
+        return ""
+    rows, labels, tokens = test.take(positions)[0], test.table.labels, test.table.tokens
+    figures = []
+    for position, row in zip(positions, rows, strict=True):
+        caption = f"row {position}: {_named(int(y[position]), labels)}; dense {_named(int(before[position]), labels)}, served {_named(int(now[position]), labels)}"
+        if tokens:
+            text = tokens.texts[test.indices[position]]
+            shown = f"<blockquote>{html.escape(text[:TEXT])}{'…' * (len(text) > TEXT)}</blockquote>"
+        else:
+            shown = _picture(row, caption)
+        figures.append(f"<figure>{shown}<figcaption>{html.escape(caption)}</figcaption></figure>")
+    return f"<div class='flips'>{''.join(figures)}</div>"
+
+
+def _picture(row: Any, caption: str) -> str:
+    """A row of [1 or 3 channels, height, width] as an inline PNG; of other numbers the first few."""
+    if row.ndim != 3 or row.shape[0] not in (1, 3):
+        return f"<code>{html.escape(', '.join(f'{value:.3g}' for value in row.reshape(-1)[:8]))}{', …' * (row.size > 8)}</code>"
+    import matplotlib.image
+
+    data, low, high = io.BytesIO(), float(row.min()), float(row.max())
+    scaled = (row - low) / ((high - low) or 1.0)
+    matplotlib.image.imsave(data, scaled[0] if len(row) == 1 else scaled.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=1, format="png")
+    return f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+
+
+# --- steps ----------------------------------------------------------------------------------------------------------
+
+LAYERS = 30
+
+
+def _sensitivity(artifacts: Mapping[str, Artifact]) -> str:
+    """What accuracy each layer costs when it alone is compressed, worst first, and beside it what time it takes then: of every artifact that measured it."""
+    parts = []
+    for name, made in artifacts.items():
+        found = sorted(made.scores.get("sensitivity", ()), key=lambda one: -float(one["drop"]))[:LAYERS]
+        if not found:
+            continue
+        timed = any(one.get("latency_ratio") is not None for one in found)
+        figure = _figure(11, 1.2 + 0.24 * len(found))
+        axes = figure.subplots(1, 1 + timed, sharey=True, squeeze=False)[0]
+        for axis, (key, factor, title) in zip(axes, (("drop", 100, "validation accuracy drop, points"), ("latency_ratio", 1, "latency over uncompressed")), strict=False):
+            heights = [one.get(key) for one in found]
+            colours = ["#b3261e" if one["drop"] > 0 else "#136f2d" for one in found]
+            axis.barh(range(len(found)), [0 if height is None else height * factor for height in heights], color=colours)
+            axis.set(title=title, yticks=range(len(found)), yticklabels=[f"{one['layer']} ({one['action']})" for one in found], ylim=(len(found) - 0.5, -0.5))
+            axis.grid(alpha=0.3, axis="x")
+        parts.append(f"<h3>{html.escape(name)}</h3>" + _svg(figure, f"sensitivity-{name}", f"{name}: drop of accuracy of each layer compressed alone"))
+    return "".join(parts)
+
+
+def _steps(artifacts: Mapping[str, Artifact]) -> str:
+    """Each stage's model, beside the first one's, and the seconds it took."""
+    first = next((made.scores for made in artifacts.values() if "macs" in made.scores), {})
+    body = []
+    for name, made in artifacts.items():
+        scores = made.scores
+        accuracy = scores.get("validation_accuracy")
+        beside = f" ({100 * (accuracy - first['validation_accuracy']):+.2f} points)" if accuracy is not None and "validation_accuracy" in first else ""
+        sizes = [f"{scores[key] * factor:,.4g} {unit} ({scores[key] / first[key]:.0%})" if scores.get(key) and first.get(key) else "-" for key, factor, unit in (("parameters", 1e-3, "k"), ("macs", 1e-6, "M"))]
+        body.append([name, "-" if accuracy is None else f"{accuracy:.2%}{beside}", *sizes, f"{made.seconds:,.1f}"])
+    total = sum(made.seconds for made in artifacts.values())
+    return _rows_of(["stage", "validation accuracy", "parameters", "MACs", "seconds"], [*body, ["all", "", "", "", f"{total:,.1f}"]], "steps")
+
+
 def _verdicts(rows: Sequence[Mapping[str, Any]], looks: int) -> str:
     lines = [f"<p>Confidence corrected for {looks} look{'s' if looks != 1 else ''} at this test split (Bonferroni).</p><ul>"]
     for row in rows:
@@ -107,13 +301,14 @@ _COLOURS = {"pass": "#136f2d", "fail": "#b3261e", "inconclusive": "#8a5a00"}
 
 
 def _intervals(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What each candidate's verdict rests on: accuracy drop and latency ratio against dense with their intervals, and the line they must stay left of."""
-    panels = [("accuracy", "drop", 100, "accuracy drop against dense, points"), ("latency", "ratio", 1, "latency over dense")]
+    """What each candidate's verdict rests on: drops of accuracy and recall and latency ratio against dense with their intervals, and the line they must stay left of."""
+    panels = [("accuracy", "drop", 100, "accuracy drop against dense, points"), ("class recall", "drop", 100, "recall drop of the worst class, points"), ("latency", "ratio", 1, "latency over dense")]
+    panels = [panel for panel in panels if any(panel[0] in (row["verdicts"] or {}) for row in rows)]
     judged = [row for row in rows if any(name in (row["verdicts"] or {}) for name, *_ in panels)]
     if not judged:
         return ""
     figure = _figure(10, 1.2 + 0.4 * len(judged))
-    for axis, (name, key, scale, title) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+    for axis, (name, key, scale, title) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
         shown = [(height, row["verdicts"][name]) for height, row in enumerate(judged) if name in row["verdicts"]]
         for height, found in shown:
             low, middle, high = (found["figures"][part] * scale for part in ("low", key, "high"))

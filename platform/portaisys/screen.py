@@ -184,6 +184,31 @@ def converted_table(made: Any) -> Table:
     return places
 
 
+def audit_table(found: Any) -> None:
+    """Each engine of a version in two lines, as it was judged and as it is now, and what it was held against."""
+    table = Table("engine", "", "accuracy", "drop [bounds], points", "class recall drop [bounds]", "p50 ms", "verdict", title=f"{found.version} on {found.test_rows:,} test rows", box=box.SIMPLE, pad_edge=False)
+    for line in found.lines:
+        then = line.then.get("verdicts") or {}
+        now = {name: decision.to_dict() for name, decision in line.now.items()}
+        for when, verdicts, accuracy, ms in (("then", then, line.then.get("accuracy"), line.then.get("latency_ms_p50")), ("now", now, line.accuracy, line.latency_ms_p50)):
+            actions = [f"{name} {verdict['action']}" for name, verdict in verdicts.items() if name != "latency"]
+            numbers = ("-" if accuracy is None else f"{accuracy:.2%}", _drop(verdicts.get("accuracy")), _drop(verdicts.get("class recall")), "-" if ms is None else f"{ms:.3f}")
+            table.add_row(line.engine if when == "then" else f"({line.backend})", when, *numbers, ", ".join(actions) or "-")
+    console.print(table)
+    console.print(f"Held against {found.baseline}; margins and confidence of its spec, {found.looks} look{'s' * (found.looks != 1)} at this test split.", highlight=False, soft_wrap=True)
+    console.print("Speed was measured again on this machine and is shown; no verdict about it is compared. Nothing is chosen here, so no look is counted.", soft_wrap=True)
+    for note in found.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    console.print("[red]the verdict does not stand" if found.differs else "[green]the same verdict")
+
+
+def _drop(verdict: Mapping[str, Any] | None) -> str:
+    if verdict is None:
+        return "-"
+    drop, low, high = (100 * verdict["figures"][name] for name in ("drop", "low", "high"))
+    return f"{drop:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def versions_table(versions: Sequence[Any]) -> Table:
     """One line a version."""
     table = Table("version", "aliases", "verdict", "digest", "run")

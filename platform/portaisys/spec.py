@@ -546,9 +546,13 @@ class Engine(Section):
 
 
 class Gate(Section):
-    """How much accuracy may be lost (a fraction: 0.005 is half a point) and how sure we must be."""
+    """How much accuracy may be lost (a fraction: 0.005 is half a point) and how sure we must be.
+
+    `max_class_recall_drop`: how much recall any one class may lose, a fraction of its own rows; None: recall is reported and not gated.
+    """
 
     max_accuracy_drop: float = Field(0.005, gt=0, lt=1)
+    max_class_recall_drop: float | None = Field(None, gt=0, lt=1)
     confidence: float = Field(0.95, gt=0.5, lt=1)
     latency_pairs: int = Field(300, ge=20)
 

@@ -35,7 +35,7 @@ from portaisys.engine import BACKENDS, Tensor, choose, options_of, remembered, v
 from portaisys.engine.cache import cache_of, get_or_build, load
 from portaisys.engine.torch import TorchEngine
 from portaisys.export import INPUT, OUTPUT, export
-from portaisys.judge import DENSE, Subject, judge, save_answers
+from portaisys.judge import BASELINE, DENSE, Subject, judge, save_answers
 from portaisys.microbatch import find_micro_batch, least_of_ranks, memory_limit
 from portaisys.progress import Progress, Row, traced, use_of
 from portaisys.rows import shares_of_all, shuffled
@@ -495,12 +495,15 @@ def packed(job: Job, draft: Draft) -> None:
         answers[f"{OUTPUT}_{precision}"] = _answers(job.spec, subject, rows)
     write_arrays(draft.path / "golden.npz", {INPUT: rows[:golden]} | {name: logits[:golden] for name, logits in answers.items()})
     write_arrays(draft.path / "calibration.npz", {INPUT: rows, "y": job.splits.calibration.y, **answers})
+    # What an audit holds the engines against where the dense model is gone.
+    shutil.copyfile(job.parents["judge"].file(BASELINE), draft.path / BASELINE)
     about = {
         "name": job.spec.name, "labels": list(job.splits.labels), "backends": {precision: subject.backend for precision, subject in best.items()}, "precisions": list(best),
         "engines": {precision: subject.name for precision, subject in best.items()}, "opt_batch": job.spec.export.opt_batch,
         "max_batch": job.spec.export.max_batch, "tolerance": job.spec.export.tolerance, "threads": job.spec.engine.threads, "verdicts": verdict["rows"],
         "options": remembered(options_of(job.spec.engine, job.spec.export)), **({"dims": job.spec.dims} if job.spec.dims else {}),
-        "lineage": {"data": job.splits.digest, "test": job.splits.test_digest} | {role: parent.digest for role, parent in job.parents.items()},
+        "looks": verdict["looks"],
+        "lineage": {"data": job.splits.digest, "test": job.splits.test_digest, "baseline": artifact.hash_file(draft.path / BASELINE)} | {role: parent.digest for role, parent in job.parents.items()},
     }  # fmt: skip
     if job.splits.tokenizer:
         (draft.path / TOKENIZER).write_text(job.splits.tokenizer)  # how a client's text becomes the ids that the engine takes

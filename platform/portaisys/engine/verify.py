@@ -22,11 +22,11 @@ AS_IS = 0  # the batch of an engine whose inputs share none: its samples are one
 
 
 def problem(
-    engine: Engine, feeds: Arrays, *, batches: Sequence[int], seed: int = 0, expected: Arrays | None = None, tolerance: float | None = None
+    engine: Engine, feeds: Arrays, *, batches: Sequence[int], seed: int = 0, expected: Arrays | None = None, tolerance: float | None = None, draws: int = 2
 ) -> str:
     """Why this engine must not be used, empty when it may. `feeds`: rows of every input; `expected`: their answers, default the engine's own, row by row.
 
-    Every batch size is drawn twice from the rows, in random order and with repetition, so that neighbours differ each time.
+    Every batch size is drawn `draws` times from the rows, in random order and with repetition, so that neighbours differ each time.
     `tolerance`: absolute, default TOLERANCE of the largest answer. `batches` of an engine of a fixed batch is that size, of one without (AS_IS,).
     """
     if AS_IS in batches:
@@ -38,7 +38,7 @@ def problem(
         return f"its answers hold NaN or infinity ({off})"
     sizes = [*batches, int(rng.integers(min(batches), max(batches) + 1))]
     for batch in sizes:
-        for _ in range(2):
+        for _ in range(draws):
             chosen = rng.integers(0, rows, batch)
             if found := _differs(_run(engine, feeds, chosen), {name: array[chosen] for name, array in right.items()}, right, engine.precision, tolerance):
                 return f"at batch {batch} {found} from what the same row gets {'alone' if expected is None else 'from the reference'}"
