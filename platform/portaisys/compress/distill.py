@@ -143,7 +143,7 @@ def _embedded(hidden: Tensor, real: Tensor | None) -> Tensor:
 def _distances(rows_BD: Tensor) -> Tensor:
     """Between each two different rows, of which their mean is 1: [B * (B - 1)]."""
     apart = torch.linalg.vector_norm(rows_BD[:, None] - rows_BD[None], dim=2)
-    pairs = apart[~torch.eye(len(apart), dtype=torch.bool, device=apart.device)]
+    pairs: Tensor = apart[~torch.eye(len(apart), dtype=torch.bool, device=apart.device)]
     return pairs / pairs.mean().clamp(min=1e-12)
 
 

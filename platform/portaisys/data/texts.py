@@ -148,7 +148,7 @@ def _learn(bare: Table, texts: Sequence[str], train: NDArray[np.int64], options:
     if not whole.all():
         raise UserError(f"data.path: {options.file}: the text {texts[int(whole.argmin())]!r} is nothing but characters that the tokenizer leaves out; leave such rows out")
     tokenizer.enable_truncation(options.max_tokens)  # what is kept cuts as what was trained on
-    for index in np.flatnonzero(whole > options.max_tokens):  # by the tokenizer, which keeps the marks of begin and end
+    for index in np.flatnonzero(whole > options.max_tokens).tolist():  # by the tokenizer, which keeps the marks of begin and end
         ids[index] = tokenizer.encode(texts[index], add_special_tokens=own).ids
     lengths = np.array([len(one) for one in ids], np.int64)
     about = tokenizer.to_str()
