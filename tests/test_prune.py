@@ -180,7 +180,7 @@ def test_a_pruned_student_is_restored_after_its_distillation(tmp_path, digits):
         folder.mkdir()
     models.save(stages.fresh(options, digits), dense / stages.WEIGHTS)
     step = {"what": EVERYTHING, "mac_cut": 0.4, "round_to": 4, "importance": "taylor", "scope": "global"}
-    job = stages.Job(options, "prune", "k", step, {"student": SimpleNamespace(path=dense)}, replace(digits, test=None), lambda: dense, lambda names: 0, lambda text: None)
+    job = stages.Job(options, "prune", "k", step, {"student": SimpleNamespace(path=dense, files={})}, replace(digits, test=None), lambda: dense, lambda names: 0, lambda text: None)
     draft = Draft(small)
     stages.pruned(job, draft)
     assert draft.scores["mac_cut"] >= 0.4 and draft.scores["removed"]["blocks"] == 1
