@@ -406,7 +406,7 @@ def test_a_layer_that_cannot_be_pruned_is_left_and_listed(kind, skipped, tmp_pat
 def test_the_notes_of_the_stage_list_what_was_left(tmp_path, digits):
     options = spec.parse({"name": "p", "model": {"name": "factory", "factory": f"{__name__}:Wrapped", "options": {"kind": "lstm"}}})
     models.save(stages.fresh(options, digits), tmp_path / stages.WEIGHTS)
-    job = stages.Job(options, "prune", "k", {"mac_cut": 0.05, "round_to": 4}, {"student": SimpleNamespace(path=tmp_path)}, digits, lambda: tmp_path, lambda names: 0, lambda text: None)
+    job = stages.Job(options, "prune", "k", {"mac_cut": 0.05, "round_to": 4}, {"student": SimpleNamespace(path=tmp_path, files={})}, digits, lambda: tmp_path, lambda names: 0, lambda text: None)
     (tmp_path / "small").mkdir()
     draft = Draft(tmp_path / "small")
     stages.pruned(job, draft)
