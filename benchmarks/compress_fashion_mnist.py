@@ -100,7 +100,7 @@ def main() -> None:
     size, folder = (SMALL if asked.small else FULL), asked.folder or (Path(tempfile.mkdtemp()) if asked.small else Path("runs/compress"))
     torch.set_num_threads(size.train["cpus_per_worker"])
     print(f"{device()}, {os.cpu_count()} CPUs, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, python {platform.python_version()}", flush=True)
-    cut = run(size.base, "cut", folder, [{"prune": {"mac_cut": 0.75}}, {"distill": {"epochs": size.cut_epochs}}])
+    cut = run(size.base, "cut", folder, [{"prune": {"mac_cut": 0.75, "importance": "taylor", "scope": "global"}}, {"distill": {"epochs": size.cut_epochs}}])
     tell(cut)
     student = run(size.base, "student", folder, [{"distill": {"student": size.student, "epochs": size.student_epochs, "learning_rate": 0.1}}, {"quantize": {}}])
     tell(student)

@@ -32,7 +32,7 @@ TEXTS = {"source": "text", "kind": "wordnet", "tokenizer": str(MODEL_DIR / "toke
 CLASSES = 25
 STEPS: dict[str, list[dict[str, Any]]] = {
     "blocks": [{"prune": {"what": ["blocks"], "mac_cut": 0.45}}, {"distill": {}}, {"quantize": {}}],
-    "blocks-heads-neurons": [{"prune": {"what": ["blocks"], "mac_cut": 0.45}}, {"prune": {"what": ["heads", "neurons"], "mac_cut": 0.25, "importance": "taylor"}}, {"distill": {}}, {"quantize": {}}],
+    "blocks-heads-neurons": [{"prune": {"what": ["blocks"], "mac_cut": 0.45}}, {"prune": {"what": ["heads", "neurons"], "mac_cut": 0.25, "importance": "taylor", "scope": "global"}}, {"distill": {}}, {"quantize": {}}],
 }
 
 

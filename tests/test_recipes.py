@@ -31,7 +31,7 @@ def trial(name, ms, lost, gained=0, state="done", **params):
 def test_choices_are_compression_steps_and_of_nothing_pruned_nothing_is_distilled(tmp_path):
     options = auto(tmp_path)
     both = recipes.recipe_of({"mac_cut": 0.5, "epochs": 2, "rate": 0.5, "quantize": "minmax"}, options)
-    assert both == [{"prune": {"mac_cut": 0.5}}, {"distill": {"epochs": 2, "learning_rate": 0.5 * options.train.learning_rate}}, {"quantize": {"calibration": "minmax"}}]
+    assert both == [{"prune": {"mac_cut": 0.5, "importance": "taylor", "scope": "global"}}, {"distill": {"epochs": 2, "learning_rate": 0.5 * options.train.learning_rate}}, {"quantize": {"calibration": "minmax"}}]
     assert recipes.recipe_of({"mac_cut": 0.0, "epochs": 2, "rate": 0.5, "quantize": "none"}, options) == []
 
 

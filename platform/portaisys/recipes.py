@@ -104,7 +104,7 @@ def recipe_of(params: Params, options: Spec) -> Recipe:
     """The compression steps that these choices mean; of nothing pruned nothing is distilled."""
     steps: Recipe = []
     if params.get("mac_cut"):
-        steps.append({"prune": {"mac_cut": params["mac_cut"]}})
+        steps.append({"prune": {"mac_cut": params["mac_cut"], "importance": "taylor", "scope": "global"}})  # lost least of all (docs/log.md)
         steps.append({"distill": {"epochs": params["epochs"], "learning_rate": params["rate"] * options.train.learning_rate}})
     if params.get("quantize", "none") != "none":
         steps.append({"quantize": {"calibration": params["quantize"]}})
