@@ -133,17 +133,19 @@ def relation_loss(own: Tensor, other: Tensor, real: Tensor | None = None, distan
 
 
 def _embedded(hidden: Tensor, real: Tensor | None) -> Tensor:
-    """[B, D]"""
-    if hidden.ndim == 3 and real is not None and real.shape == hidden.shape[:2]:
-        return (hidden * real[:, :, None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
-    embedded: Tensor = hidden if hidden.ndim == 2 else hidden.mean(1) if hidden.ndim == 3 else hidden.mean((2, 3))
-    return embedded
+    """[B, D], the mean over positions that are no padding."""
+    if hidden.ndim == 2:
+        return hidden
+    if hidden.ndim == 4:
+        hidden = hidden.flatten(2).transpose(1, 2)
+    weights = real if real is not None and real.shape == hidden.shape[:2] else hidden.new_ones(hidden.shape[:2])
+    return (hidden * weights[:, :, None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
 
 
 def _distances(rows_BD: Tensor) -> Tensor:
     """Between each two different rows, of which their mean is 1: [B * (B - 1)]."""
-    apart = torch.linalg.vector_norm(rows_BD[:, None] - rows_BD[None], dim=2)
-    pairs: Tensor = apart[~torch.eye(len(apart), dtype=torch.bool, device=apart.device)]
+    apart: Tensor = torch.linalg.vector_norm(rows_BD[:, None] - rows_BD[None], dim=2)
+    pairs = apart[~torch.eye(len(apart), dtype=torch.bool, device=apart.device)]
     return pairs / pairs.mean().clamp(min=1e-12)
 
 
