@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
-from published import Shelf
+from published import make
 
 from portaisys import artifact, gate, launch, spec
 from portaisys.audit import Line, _other_devices, audit
@@ -65,14 +66,14 @@ def forged(published, change):
     return str(opened.publish("audited", folder, was.run_id, was.lineage, {"action": "pass", "because": "planted"}))
 
 
-def spoil(folder, about, index=3):
-    """An int8 file that never answers one class; the verdicts in version.json say what they said of the good one."""
-    model = onnx.load(folder / "int8.onnx")
+def spoil(folder, about, file="int8.onnx", index=3):
+    """A file that never answers one class; the verdicts in version.json say what they said of the good one."""
+    model = onnx.load(folder / file)
     bias = next(tensor for tensor in model.graph.initializer if list(tensor.dims) == [10])
     values = numpy_helper.to_array(bias).copy()
     values[index] -= 1e3
     bias.CopyFrom(numpy_helper.from_array(values, bias.name))
-    onnx.save(model, folder / "int8.onnx")
+    onnx.save(model, folder / file)
 
 
 def test_an_audit_reaches_the_same_verdict_from_the_files_and_the_rows(published, monkeypatch, capsys):
@@ -139,11 +140,7 @@ def test_a_forged_verdict_is_found_by_the_true_one(published, monkeypatch, capsy
 
 
 def test_a_file_passed_off_as_the_dense_one_is_not_at_parity(published):
-    def swap(folder, about):
-        spoil(folder, about)
-        shutil.copyfile(folder / "int8.onnx", folder / "fp32.onnx")
-
-    differs = audit(forged(published, swap), published.storage).differs
+    differs = audit(forged(published, partial(spoil, file="fp32.onnx")), published.storage).differs
     assert any("dense fp32 on onnxruntime: parity was pass and is fail" in text for text in differs)
 
 
@@ -182,10 +179,11 @@ def test_a_spec_with_a_wider_margin_than_was_judged_with_is_refused(published):
         file.write_text(whole)
 
 
-def test_a_version_made_without_a_test_split_cannot_be_audited(tmp_path):
-    shelf = Shelf(tmp_path)
+def test_a_version_made_without_a_test_split_cannot_be_audited(published, tmp_path):
+    opened = open_registry(published.storage)
+    plain = opened.publish("plain", make(tmp_path / "made", "plain", 1).path, opened.log_run("plain", {}, {}, {}, {}), {"data": "d1"}, {"action": "pass", "because": "test"})
     with pytest.raises(UserError, match="made without a test split"):
-        audit(str(shelf.publish("plain", 1)), shelf.storage)
+        audit(str(plain), published.storage)
 
 
 def test_another_device_is_said_since_verdicts_are_per_device():
