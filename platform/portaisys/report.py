@@ -28,7 +28,7 @@ NUMBERS = range(3, 9)
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
 table{border-collapse:collapse;width:100%;font-size:14px}th,td{padding:.4rem .6rem;text-align:left;border-bottom:1px solid #d9dee4}
-td.n{text-align:right;font-variant-numeric:tabular-nums}tr.best{background:#eaf6ec}.pass{color:#136f2d}.fail{color:#b3261e}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}tr.best{background:#eaf6ec}.pass{color:#136f2d}.fail{color:#b3261e}
 .inconclusive{color:#8a5a00}.wide{overflow-x:auto}pre{background:#f5f7f9;padding:1rem;overflow:auto}svg{max-width:100%;height:auto}code{font-size:13px}
 .flips{display:flex;flex-wrap:wrap;gap:.6rem}figure{margin:0;font-size:12px;max-width:15rem}figure img{width:72px;height:72px;object-fit:contain;image-rendering:pixelated;display:block}
 """
@@ -111,8 +111,8 @@ def _titled(title: str, body: str) -> str:
 
 
 def _rows_of(head: Sequence[str], body: Sequence[Sequence[str]], name: str = "") -> str:
-    """A table; numbers stand in every column but the first and, where it is prose, the last."""
-    top = "".join(f"<th>{html.escape(text)}</th>" for text in head)
+    """A table whose first column names what stands in the others."""
+    top = "".join(f"<th class='{'n' if index else 't'}'>{html.escape(text)}</th>" for index, text in enumerate(head))
     lines = ["".join(f"<td class='{'n' if index else 't'}'>{html.escape(text)}</td>" for index, text in enumerate(row)) for row in body]
     return f"<div class='wide'><table id='{name}'><thead><tr>{top}</tr></thead><tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody></table></div>"
 
