@@ -81,7 +81,7 @@ def test_an_audit_reaches_the_same_verdict_from_the_files_and_the_rows(published
     looks = [entry for entry in open_registry(published.storage).ledger() if entry.event == "look"]
     assert main(["audit", "audited@candidate", "--storage", published.storage.path]) == 0
     said = capsys.readouterr()
-    for words in ("dense fp32", "int8", "then", "now", "accuracy pass, class recall pass", "run again from its weights", "2 looks", "no look is counted", "the same verdict"):
+    for words in ("dense fp32", "int8", "then", "now", "accuracy pass, class recall", "drop [bounds], points", "run again from its weights", "2 looks", "no look is counted", "the same verdict"):
         assert words in said.out, words
     assert said.err == "" and [entry for entry in open_registry(published.storage).ledger() if entry.event == "look"] == looks
 

@@ -206,11 +206,17 @@ def test_the_interval_of_the_macro_f1_drop_is_that_of_a_bootstrap_over_rows():
 # --- refused before the work --------------------------------------------------------------------------------------
 
 
-def test_a_class_with_too_few_test_rows_for_its_margin_is_refused_before_training(tmp_path):
-    options = options_in(tmp_path, compress=[{"quantize": {}}], gate={"max_accuracy_drop": 0.15, "max_class_recall_drop": 0.05})
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    """A folder whose registry is made once: that takes seconds."""
+    return tmp_path_factory.mktemp("shelf")
+
+
+def test_a_class_with_too_few_test_rows_for_its_margin_is_refused_before_training(shelf):
+    options = options_in(shelf, compress=[{"quantize": {}}], gate={"max_accuracy_drop": 0.15, "max_class_recall_drop": 0.05})
     with pytest.raises(UserError, match=r"gate\.max_class_recall_drop: 0\.05 cannot be decided for class '8', which has 58 test rows and needs 150 .* \(10 classes x 2 looks at this test split\); 10 classes have too few"):
         launch.run(options, quiet)
-    assert not list(tmp_path.glob("runs/*/train*"))
+    assert not list(shelf.glob("runs/*/train*"))
 
 
 def test_a_margin_that_nobody_set_leaves_keys_as_they_were(tmp_path):
@@ -264,8 +270,8 @@ def test_a_search_on_ray_never_reads_the_test_split(tmp_path, reads):
     assert {line.split()[1] for line in lines} - {str(os.getpid())}  # the trials' processes watched themselves
 
 
-def test_the_ledger_knows_at_which_counts_a_versions_candidates_were_judged(tmp_path):
-    opened: Registry = open_registry(spec.Storage(path=str(tmp_path / "runs"), cache=str(tmp_path / "cache")))
+def test_the_ledger_knows_at_which_counts_a_versions_candidates_were_judged(shelf):
+    opened: Registry = open_registry(options_in(shelf).storage)
     test, mine, other, third = (digit * 64 for digit in "0123")
     opened.record_looks(test, [mine, f"{mine} fp16"])
     opened.record_looks(test, [other])

@@ -135,6 +135,7 @@ def test_a_page_says_what_changed_from_dense_to_served_with_bounds(tmp_path, dig
     for words in ("drop 2.00 points, between 0.50 and 3.00 (each at 97.5 %)", "drop 2.00 points, between 1.00 and 3.00 (each at 95 %)", "-66.7%", "-75.0%", "-50.0%", "100.00% to 100.00%", "class recall: fail"):
         assert words in text, words
     assert "right before, wrong now: 20 of 600" in text and "wrong before, right now: 3 of 600" in text and text.count("<figcaption>") == report.FLIPS + 3
+    assert "small fp32, which is served, now" in text and report._compressed([row_of("dense fp32", 0.9, verdicts={}), row_of("int8", 0.8)], "dense fp32") == "int8"
     assert "-2.00 points" in text and "3 k (33%)" in text and "0.1 M (25%)" in text
 
 
@@ -143,7 +144,7 @@ def test_texts_whose_answer_changed_are_shown_as_text(tmp_path):
     rows.write_text("text\tlabel\n" + "".join(f"{'good' if index % 2 else 'bad'} film number {index} <b>\t{'pos' if index % 2 else 'neg'}\n" for index in range(400)))
     splits = data.load(spec.Text(source="text", kind="file", path=str(rows), validation_rows=40, calibration_rows=40, test_rows=100, vocabulary=300))
     text = run_page(tmp_path, splits.test).read_text()
-    assert text.count("<blockquote>") == report.FLIPS + 3 and "&lt;b&gt;" in text and "<b>\t" not in text and "dense pos" in text and "<img" not in text
+    assert text.count("<blockquote>") == report.FLIPS + 3 and "&lt;b&gt;" in text and "<b>\t" not in text and "before pos" in text and "<img" not in text
 
 
 @pytest.mark.parametrize("missing", [{"evidence": {}}, {"sensitivity": []}, {"answers": False}])

@@ -28,7 +28,7 @@ NUMBERS = range(3, 9)
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
 table{border-collapse:collapse;width:100%;font-size:14px}th,td{padding:.4rem .6rem;text-align:left;border-bottom:1px solid #d9dee4}
-td.n{text-align:right;font-variant-numeric:tabular-nums}tr.best{background:#eaf6ec}.pass{color:#136f2d}.fail{color:#b3261e}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}tr.best{background:#eaf6ec}.pass{color:#136f2d}.fail{color:#b3261e}
 .inconclusive{color:#8a5a00}.wide{overflow-x:auto}pre{background:#f5f7f9;padding:1rem;overflow:auto}svg{max-width:100%;height:auto}code{font-size:13px}
 .flips{display:flex;flex-wrap:wrap;gap:.6rem}figure{margin:0;font-size:12px;max-width:15rem}figure img{width:72px;height:72px;object-fit:contain;image-rendering:pixelated;display:block}
 """
@@ -71,7 +71,7 @@ def write(
         "<h2>Before and after</h2>", _before_and_after(rows, best),
         "<h2>Candidates</h2>", _table(rows, best), _pareto(rows, spec.gate.confidence),
         "<h2>Verdicts</h2>", _intervals(rows), _verdicts(rows, artifacts["judge"].scores["looks"]),
-        _titled("Rows whose answer changed", _flips(artifacts["judge"], best, test)),
+        _titled("Rows whose answer changed", _flips(artifacts["judge"], _compressed(rows, best), best, test)),
         _titled("Sensitivity", _sensitivity(artifacts)),
         "<h2>What each step bought</h2>", _steps(artifacts),
         "<h2>Training</h2>", _curves(logs),
@@ -111,8 +111,8 @@ def _titled(title: str, body: str) -> str:
 
 
 def _rows_of(head: Sequence[str], body: Sequence[Sequence[str]], name: str = "") -> str:
-    """A table; numbers stand in every column but the first and, where it is prose, the last."""
-    top = "".join(f"<th>{html.escape(text)}</th>" for text in head)
+    """A table whose first column names what stands in the others."""
+    top = "".join(f"<th class='{'n' if index else 't'}'>{html.escape(text)}</th>" for index, text in enumerate(head))
     lines = ["".join(f"<td class='{'n' if index else 't'}'>{html.escape(text)}</td>" for index, text in enumerate(row)) for row in body]
     return f"<div class='wide'><table id='{name}'><thead><tr>{top}</tr></thead><tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody></table></div>"
 
@@ -170,6 +170,8 @@ def _worst_class(dense: Mapping[str, Any], served: Mapping[str, Any]) -> list[st
 
 def _pareto(rows: Sequence[Mapping[str, Any]], confidence: float) -> str:
     """Accuracy with its interval against latency, and against MACs; the bubble is as large as the model has parameters, and the line joins what nothing beats."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     from portaisys.gate import accuracy_interval
 
     shown = [row for row in rows if row["accuracy"] is not None and row["latency_ms_p50"] is not None]
@@ -178,16 +180,20 @@ def _pareto(rows: Sequence[Mapping[str, Any]], confidence: float) -> str:
     figure, most = _figure(11, 4.2), max(row["parameters"] for row in shown) or 1
     for axis, (key, factor, title) in zip(figure.subplots(1, 2, sharey=True), (("latency_ms_p50", 1, "latency p50 at batch 1, ms"), ("macs", 1e-6, "MACs, millions")), strict=True):
         points = [(row[key] * factor, 100 * row["accuracy"]) for row in shown]
-        for row, (x, y) in zip(shown, points, strict=True):
+        for number, (row, (x, y)) in enumerate(zip(shown, points, strict=True)):
             colour = "#6b7680" if row["backend"] == "torch" else "#136f2d" if row["admissible"] else "#b3261e"
             if row.get("test_rows"):
                 low, high = (100 * bound for bound in accuracy_interval(row["accuracy"], row["test_rows"], confidence))
                 axis.errorbar(x, y, yerr=[[max(0.0, y - low)], [max(0.0, high - y)]], color=colour, capsize=3, alpha=0.6)
             axis.scatter(x, y, s=30 + 300 * row["parameters"] / most, color=colour, alpha=0.6, edgecolors="none")
-            axis.annotate(row["engine"], (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8)
+            axis.annotate(row["engine"], (x, y), xytext=(7, -12 if number % 2 else 5), textcoords="offset points", fontsize=8)
         front = [point for point in sorted(set(points)) if not any(x <= point[0] and y >= point[1] and (x, y) != point for x, y in points)]
         axis.plot(*zip(*front, strict=True), color="#1f5fa8", linewidth=1, linestyle="--")
         axis.set(xlabel=title, xscale="log")
+        axis.margins(0.15)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel(f"test accuracy, % ({100 * confidence:.4g} % interval)")
     return _svg(figure, "pareto", "accuracy with its interval against latency and against MACs of each engine; bubbles as large as the parameters, green admissible, red not, grey torch")
@@ -198,20 +204,26 @@ def _pareto(rows: Sequence[Mapping[str, Any]], confidence: float) -> str:
 FLIPS, PAIRS, TEXT = 12, 8, 240  # rows shown of each kind, pairs of classes, characters of a text
 
 
-def _flips(judged: Artifact, best: str, test: Split | None) -> str:
-    """Rows that the dense model answers rightly and the served engine wrongly, and the reverse: how many, which classes, some of them."""
+def _compressed(rows: Sequence[Mapping[str, Any]], best: str) -> str:
+    """The engine whose answers are shown: what is served, or where that is the dense model the smallest candidate that was judged."""
+    judged = [row for row in rows if "accuracy" in (row["verdicts"] or {})]
+    return best if any(row["engine"] == best for row in judged) or not judged else str(min(judged, key=lambda row: row["size_bytes"])["engine"])
+
+
+def _flips(judged: Artifact, shown: str, best: str, test: Split | None) -> str:
+    """Rows that the dense model answers rightly and another engine wrongly, and the reverse: how many, which classes, some of them."""
     if "answers.npz" not in judged.files:
         return ""
     arrays = artifact.read_arrays(judged.file("answers.npz"))
-    y, before, now = arrays["y"], arrays["dense_torch"], arrays[best.replace(" ", "_")]
+    y, before, now = arrays["y"], arrays["dense_torch"], arrays[shown.replace(" ", "_")]
     labels = test.table.labels if test else ()
-    said = []
+    said = [f"<p>The dense model before, {html.escape(shown)}{', which is served,' if shown == best else ', which was judged and is not served,'} now.</p>"]
     for title, chosen in (("right before, wrong now", (before == y) & (now != y)), ("wrong before, right now", (before != y) & (now == y))):
         positions = chosen.nonzero()[0]
         said.append(f"<h3>{title}: {len(positions):,} of {len(y):,}</h3>")
         pairs = Counter((int(y[p]), int(before[p]), int(now[p])) for p in positions).most_common(PAIRS)
         if pairs:
-            said.append(_rows_of(["class", "dense model", "served", "rows"], [[*(_named(index, labels) for index in pair), f"{count:,}"] for pair, count in pairs], title.replace(", ", "-").replace(" ", "-")))
+            said.append(_rows_of(["class", "before", "now", "rows"], [[*(_named(index, labels) for index in pair), f"{count:,}"] for pair, count in pairs], title.replace(", ", "-").replace(" ", "-")))
         if test:
             said.append(_examples(test, positions[:FLIPS], y, before, now))
     return "".join(said)
@@ -227,7 +239,7 @@ def _examples(test: Split, positions: Any, y: Any, before: Any, now: Any) -> str
     rows, labels, tokens = test.take(positions)[0], test.table.labels, test.table.tokens
     figures = []
     for position, row in zip(positions, rows, strict=True):
-        caption = f"row {position}: {_named(int(y[position]), labels)}; dense {_named(int(before[position]), labels)}, served {_named(int(now[position]), labels)}"
+        caption = f"row {position}: {_named(int(y[position]), labels)}; before {_named(int(before[position]), labels)}, now {_named(int(now[position]), labels)}"
         if tokens:
             text = tokens.texts[test.indices[position]]
             shown = f"<blockquote>{html.escape(text[:TEXT])}{'…' * (len(text) > TEXT)}</blockquote>"

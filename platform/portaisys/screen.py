@@ -186,7 +186,7 @@ def converted_table(made: Any) -> Table:
 
 def audit_table(found: Any) -> None:
     """Each engine of a version in two lines, as it was judged and as it is now, and what it was held against."""
-    table = Table("engine", "", "accuracy", "drop [bounds], points", "class recall drop [bounds]", "p50 ms", "verdict", title=f"{found.version} on {found.test_rows:,} test rows", box=box.SIMPLE, pad_edge=False)
+    table = Table("engine", "", "accuracy", r"drop \[bounds], points", r"worst class \[bounds]", "p50 ms", "verdict", title=f"{found.version} on {found.test_rows:,} test rows", box=box.SIMPLE, pad_edge=False)
     for line in found.lines:
         then = line.then.get("verdicts") or {}
         now = {name: decision.to_dict() for name, decision in line.now.items()}
