@@ -25,6 +25,7 @@ import yaml
 
 from portaisys import artifact, checkpoint, cluster, data, distributed, gate, metrics, models, report, spec, store
 from portaisys.artifact import Artifact
+from portaisys.compress.quantize import refuse_calibration
 from portaisys.data import Splits
 from portaisys.distributed import Place
 from portaisys.engine import TYPED, available, backend
@@ -87,9 +88,14 @@ def plan(options: Spec) -> list[Stage]:
     exported = {"dense": "export-dense"} | ({"small": "export-small"} if small != "train" else {})
     stages += [Stage(name, "export", {"model": small if role == "small" else "train"}, ("seed", "export", "model")) for role, name in exported.items()]
     smallest = list(exported.values())[-1]
+    source = {"model": smallest}
+    if options.quantize and options.quantize.method == "qat" and {*QUANTIZES} & {*options.precisions}:
+        stages.append(Stage("qat", "qat", {"student": small, "teacher": "train"}, ("seed", "model", "train"), options.quantize.training))
+        stages.append(Stage("export-qat", "export", {"model": "qat"}, ("seed", "export", "model")))
+        source = {"model": "export-qat", "learnt": "qat"}
     for precision, kind in QUANTIZES.items():
         if options.quantize and precision in options.precisions:
-            stages.append(Stage(kind, kind, {"model": smallest}, (), options.quantize.model_dump()))
+            stages.append(Stage(kind, kind, source, ("gate",) if options.quantize.searches else (), options.quantize.stage))
             exported[precision] = kind
     for name, (source, low) in _casts(options).items():
         stages.append(Stage(f"cast-{name}", "cast", {"model": exported.get(source, smallest)}, (), {"precision": low, "judged_as": name}))
@@ -259,7 +265,9 @@ def preflight(options: Spec, splits: Splits, looks: int) -> None:
     models.build(options.model, splits.shape, len(splits.labels), splits.mean, splits.std, splits.vocabulary)
     batches(options.train, splits.train, options.seed)
     low = {name for name in options.precisions if options.engine.backend == "auto" or name in spec.BACKEND_PRECISIONS[options.engine.backend]} - {"fp32"}
-    candidates = sum(stage.kind == "export" for stage in plan(options)) + len(low)
+    if options.quantize:
+        refuse_calibration(len(splits.calibration), options.quantize)
+    candidates = sum(stage.kind == "export" and stage.name != "export-qat" for stage in plan(options)) + len(low)
     if candidates > 1:
         gate.refuse_undecidable(len(splits.test), options.gate.max_accuracy_drop, options.gate.confidence, looks + candidates)
 
@@ -377,8 +385,9 @@ def _train(options: Spec, fit: Fit, tell: Callable[..., None]) -> Path:
     left = 0 if fit.remote else checkpoint.steps(Path(fit.work))
     if left:
         tell(f"goes on from step {left}, where an earlier run stopped")
-    if options.train.num_workers == 0:
-        _alone(options, fit, tell)
+    if options.train.num_workers == 0 or fit.kind == "qat":
+        told = f"compress.quantize.method: qat trains in one process, so train.num_workers {options.train.num_workers} was not used for it"
+        _alone(options, fit, tell, [told] if options.train.num_workers else [])
         return Path(fit.work)
     with cluster.on_ray(_own_cpus(options.train)):
         no_room = _check_cluster(options)

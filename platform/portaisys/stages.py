@@ -10,12 +10,14 @@ import contextlib
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from torch import nn
 
@@ -24,7 +26,8 @@ from portaisys.artifact import Artifact, Draft, write_arrays
 from portaisys.compress.cast import with_islands
 from portaisys.compress.distill import distillation
 from portaisys.compress.prune import prune
-from portaisys.compress.quantize import quantize
+from portaisys.compress.quantize import LEARNT, HeldOut, learnt, quantize
+from portaisys.compress.sensitivity import Bench, error, measured
 from portaisys.compress.sparsify import keep_zeros, sparsify
 from portaisys.data import Split, Splits
 from portaisys.data.batches import cut, token_budget, waste
@@ -124,15 +127,16 @@ def carry_out(
         note(text)
     with determined(train.determinism, note):  # not around a model's first try on the CPU, which says nothing of the device
         train = _with_micro_batch(options, splits, train, place, checkpoint.state(Path(job.work)), note)
+        prepare, finish = _around(job, splits, model)
         with traced(trace_file(job.log), train.profile_steps if place.rank == 0 else 0, note) as stepped:
-            model = fit(
+            made = fit(
                 model, splits.train, train, folder=Path(job.work), key=job.key, about=job.about, seed=options.seed, validation=splits.validation,
-                loss=loss, **batches(train, splits.train, options.seed), report=report, note=note, progress=_progress(model, options, splits, train, place, between, stepped),
+                loss=loss, prepare=prepare, **batches(train, splits.train, options.seed), report=report, note=note, progress=_progress(model, options, splits, train, place, between, stepped),
                 leave=leave, mark=mark, place=place,
             )  # fmt: skip
     if place.rank == 0:
         artifact.write_text(Path(job.work) / NOTES, json.dumps(kept_notes(noted, job.key)))
-        models.save(model, Path(job.work) / WEIGHTS)
+        models.save(finish(made, Path(job.work)), Path(job.work) / WEIGHTS)
 
 
 def trace_file(log: str | Path) -> Path:
@@ -217,13 +221,35 @@ def _distilled(job: Fit, options: Spec, splits: Splits, device: str) -> tuple[nn
     return student, distillation(teacher, recipe), train
 
 
-FITS: dict[str, Callable[[Fit, Spec, Splits, str], tuple[nn.Module, Loss | None, Train]]] = {"train": _dense, "distill": _distilled}
+def _quantization_aware(job: Fit, options: Spec, splits: Splits, device: str) -> tuple[nn.Module, Loss | None, Train]:
+    recipe = spec.Quantize(**job.options)
+    student = restore(options, splits, Path(job.parents["student"]))
+    keep_zeros(student)  # of a sparsified one
+    loss = distillation(restore(options, splits, Path(job.parents["teacher"])).to(device), Distill()) if recipe.distill else None
+    # Fake quantizers round in fp32, and what torch.export made of the model knows no other means; an average of weights would not go with the ranges of the last ones.
+    plain = {"precision": "fp32", "speed": (), "fp32_modules": (), "ema_decay": None}
+    return student, loss, options.train.model_copy(update={"epochs": recipe.epochs, "learning_rate": recipe.learning_rate, **plain})
+
+
+FITS: dict[str, Callable[[Fit, Spec, Splits, str], tuple[nn.Module, Loss | None, Train]]] = {"train": _dense, "distill": _distilled, "qat": _quantization_aware}
+
+
+def _around(job: Fit, splits: Splits, model: nn.Module) -> tuple[Callable[[nn.Module], nn.Module], Callable[[nn.Module, Path], nn.Module]]:
+    """What is done to a model before its training, and after it, in the folder of the training: of qat fake quantization, else nothing."""
+    if job.kind != "qat":
+        return lambda model: model, lambda made, work: made
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it tells of kernels for other machines that it does not find, whoever needs them
+    from portaisys.compress import qat  # seconds, and only this stage needs it
+
+    return qat.around(model, splits.calibration.x, spec.Quantize(**job.options), splits.shape[0] if splits.vocabulary else 0)
 
 
 def trained(job: Job, draft: Draft) -> None:
-    """train and distill: model.safetensors, with validation accuracy and size as scores."""
+    """train, distill and qat: model.safetensors, with validation accuracy and size as scores; of qat also the ranges it learnt."""
     work = job.train()
-    shutil.copyfile(work / WEIGHTS, draft.path / WEIGHTS)
+    for name in (WEIGHTS, LEARNT):
+        if (work / name).exists():
+            shutil.copyfile(work / name, draft.path / name)
     draft.notes.extend(json.loads((work / NOTES).read_text()))
     _describe(restore(job.spec, job.splits, draft.path), job, draft)
     if job.splits.train.lengths is not None:
@@ -273,12 +299,29 @@ def exported(job: Job, draft: Draft) -> None:
 
 
 def quantized(job: Job, draft: Draft, precision: str = "int8") -> None:
-    """quantize, quantize-fp8: model.onnx in int8 or fp8, calibrated on the calibration split."""
-    source = job.parents["model"].file("model.onnx")
-    figures = quantize(source, draft.path / "model.onnx", job.splits.calibration.x, spec.Quantize(**job.options), precision)
+    """quantize, quantize-fp8: model.onnx in int8 or fp8, calibrated on the calibration split or, after qat, with the ranges it learnt; searched on validation rows."""
+    source, made = job.parents["model"].file("model.onnx"), draft.path / "model.onnx"
+    scales, answers = learnt(job.parents["learnt"].file(LEARNT)) if "learnt" in job.parents else ({}, None)
+    held_out = HeldOut(job.splits.validation.x, job.splits.validation.y)
+    figures = quantize(source, made, job.splits.calibration.x, spec.Quantize(**job.options), precision, held_out=held_out, scales=scales, asked=job.spec.gate)
+    if answers is not None and precision == "int8" and not figures.get("returned"):
+        figures["error_to_trained"] = _held_to_training(made, job.splits.calibration.x, answers)
     draft.notes.extend(figures.pop("notes", []))
     draft.scores.update(figures)
     draft.scores.update({name: job.parents["model"].scores[name] for name in ("parameters", "macs")})
+
+
+FURTHEST = 0.05  # of the int8 file from the converted torch model: with one layer's scale mistaken for another's, it is much more
+
+
+def _held_to_training(file: Path, rows: Any, answers: Any) -> float:
+    """How far ONNX Runtime's int8 engine of a file is from the integer model that training ended with. Raises UserError when too far: it would not be what was trained."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = measured(onnx.load(file), "int8", Bench({INPUT: rows[: len(answers)]}, None, 0, Path(folder)))
+    off = error(answers, found)
+    if off > FURTHEST:
+        raise UserError(f"compress.quantize.method: the int8 file differs from what qat trained by {off:.2g} of the answers (bound {FURTHEST:g}), so it is another model; take method: ptq")
+    return off
 
 
 CAST_ROWS = 4  # to find fp32 islands with, in an evaluator that is exact and slow
@@ -428,6 +471,7 @@ STAGES: dict[str, Callable[[Job, Draft], None]] = {
     "prune": pruned,
     "sparsify": sparsified,
     "distill": trained,
+    "qat": trained,
     "export": exported,
     "quantize": quantized,
     "quantize-fp8": partial(quantized, precision="fp8"),
