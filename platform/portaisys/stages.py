@@ -10,14 +10,12 @@ import contextlib
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 from torch import nn
 
@@ -27,7 +25,7 @@ from portaisys.compress.cast import with_islands
 from portaisys.compress.distill import distillation
 from portaisys.compress.prune import prune
 from portaisys.compress.quantize import LEARNT, HeldOut, learnt, quantize
-from portaisys.compress.sensitivity import Bench, error, measured
+from portaisys.compress.sensitivity import error
 from portaisys.compress.sparsify import keep_zeros, sparsify
 from portaisys.data import Split, Splits
 from portaisys.data.batches import cut, token_budget, waste
@@ -36,6 +34,7 @@ from portaisys.determinism import determined
 from portaisys.distributed import Place
 from portaisys.engine import BACKENDS, Tensor, choose, options_of, remembered, verify
 from portaisys.engine.cache import cache_of, get_or_build, load
+from portaisys.engine.onnxruntime import reference
 from portaisys.engine.torch import TorchEngine
 from portaisys.export import INPUT, OUTPUT, export
 from portaisys.judge import DENSE, Subject, judge, save_answers
@@ -315,9 +314,8 @@ FURTHEST = 0.05  # of the int8 file from the converted torch model: with one lay
 
 
 def _held_to_training(file: Path, rows: Any, answers: Any) -> float:
-    """How far ONNX Runtime's int8 engine of a file is from the integer model that training ended with. Raises UserError when too far: it would not be what was trained."""
-    with tempfile.TemporaryDirectory() as folder:
-        found = measured(onnx.load(file), "int8", Bench({INPUT: rows[: len(answers)]}, None, 0, Path(folder)))
+    """How far what an int8 file says is from the integer model that training ended with. Raises UserError when too far: it would not be what was trained."""
+    found = reference(file, {INPUT: rows[: len(answers)]}, 0)[OUTPUT]
     off = error(answers, found)
     if off > FURTHEST:
         raise UserError(f"compress.quantize.method: the int8 file differs from what qat trained by {off:.2g} of the answers (bound {FURTHEST:g}), so it is another model; take method: ptq")

@@ -96,7 +96,7 @@ def quantize(
         notes += [f"kept in fp32 as asked: {', '.join(sorted(by_hand))}"] if by_hand else []
         if options.method == "weight_only":
             made, chosen = _weights_only(_named(ready), [name for name in (*plan.quantized, *plan.kept) if layers[name] not in by_hand])
-            notes.append("weights alone are int8: ONNX Runtime's CPU turns them into floats again, so the file is small and the engine no faster")
+            notes.append("weights alone are int8: the file is small, and ONNX Runtime's CPU computes with floats made of them, so its engine is no faster")
         else:
             work = _Work(ready, feeds, batch, plan, chosen, layers, options, precision, Path(folder), held_out, scales or {}, asked)
             made, chosen = _calibrated(work, scores, notes)

@@ -74,13 +74,14 @@ def _low_of(graph: Any) -> str:
     return next((_LOW[kind] for kind in kinds if kind in _LOW), "fp32")
 
 
-def has_low_scales(path: Path) -> bool:
-    """Whether a quantized file's scales are fp16 or bf16: what is between its Q and DQ is cast."""
+def quantized_parts(path: Path) -> tuple[bool, bool]:
+    """Of a quantized file: whether activations are quantized, not weights alone; and whether scales are fp16 or bf16, since what is between Q and DQ is cast."""
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
     low = {tensor.name for tensor in graph.initializer if tensor.data_type in _LOW}
-    return any(node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[1] in low for node in graph.node)
+    steps = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    return any(node.op_type == "QuantizeLinear" for node in steps), any(node.input[1] in low for node in steps)
 
 
 def _quantized_to(model: Any) -> str:
