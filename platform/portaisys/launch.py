@@ -88,14 +88,14 @@ def plan(options: Spec) -> list[Stage]:
     exported = {"dense": "export-dense"} | ({"small": "export-small"} if small != "train" else {})
     stages += [Stage(name, "export", {"model": small if role == "small" else "train"}, ("seed", "export", "model")) for role, name in exported.items()]
     smallest = list(exported.values())[-1]
-    source = {"model": smallest}
+    trained = {"model": smallest}
     if options.quantize and options.quantize.method == "qat" and {*QUANTIZES} & {*options.precisions}:
         stages.append(Stage("qat", "qat", {"student": small, "teacher": "train"}, ("seed", "model", "train"), options.quantize.training))
         stages.append(Stage("export-qat", "export", {"model": "qat"}, ("seed", "export", "model")))
-        source = {"model": "export-qat", "learnt": "qat"}
+        trained = {"model": "export-qat", "learnt": "qat"}
     for precision, kind in QUANTIZES.items():
         if options.quantize and precision in options.precisions:
-            stages.append(Stage(kind, kind, source, ("gate",) if options.quantize.searches else (), options.quantize.stage))
+            stages.append(Stage(kind, kind, trained, ("gate",) if options.quantize.searches else (), options.quantize.stage))
             exported[precision] = kind
     for name, (source, low) in _casts(options).items():
         stages.append(Stage(f"cast-{name}", "cast", {"model": exported.get(source, smallest)}, (), {"precision": low, "judged_as": name}))

@@ -310,7 +310,7 @@ def quantized(job: Job, draft: Draft, precision: str = "int8") -> None:
     draft.scores.update({name: job.parents["model"].scores[name] for name in ("parameters", "macs")})
 
 
-FURTHEST = 0.05  # of the int8 file from the converted torch model: with one layer's scale mistaken for another's, it is much more
+FURTHEST = 0.02  # of the int8 file from the converted torch model: 0.0004 to 0.01 were seen
 
 
 def _held_to_training(file: Path, rows: Any, answers: Any) -> float:

@@ -73,7 +73,7 @@ class Faked(nn.Module):
         self.training = mode
         for fake in self.graph.modules():
             if isinstance(fake, FakeQuantize) and not fake.is_per_channel:
-                fake.enable_observer(mode)  # type: ignore[no-untyped-call]
+                fake.enable_observer(mode)
         return self
 
     def scales(self) -> dict[str, list[float]]:
@@ -116,7 +116,7 @@ def _answers(model: nn.Module, rows: NDArray[Any]) -> NDArray[Any]:
 # --- where -----------------------------------------------------------------------------------------------------------
 
 
-class Placement(Quantizer):
+class Placement(Quantizer):  # type: ignore[misc]  # torchao has no types
     """The placement of `quantize.make_plan`, in the words of torch's operators. `layers`: annotated node -> its layer's name, as `quantize.layers_of` gives it.
 
     Our own, since torchao's for x86 quantizes what it finds between a convolution and its ReLU otherwise, and the head.

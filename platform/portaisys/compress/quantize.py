@@ -127,7 +127,7 @@ def _calibrated(work: _Work, scores: dict[str, Any], notes: list[str]) -> tuple[
     """The file with calibrated or learnt ranges, and the nodes that are quantized in it."""
     bench = _bench(work) if work.held_out else None
     plain, chosen = _named(work.ready), [*work.chosen]
-    full = _best(work, plain, bench, scores, notes) if work.options.calibration == "auto" and bench else _with(work, work.options.calibration)
+    full = _best(work, plain, bench, scores, notes) if work.options.calibration == "auto" and bench else _with(work, work.options.calibration, work.precision)
     if work.scales:
         notes += _put_scales(full, work)
     if bench and (work.options.sensitivity or work.options.searches):
@@ -139,24 +139,24 @@ def _calibrated(work: _Work, scores: dict[str, Any], notes: list[str]) -> tuple[
     return (made if work.precision == "int8" else _to_fp8(made)), chosen
 
 
-def _with(work: _Work, method: str) -> Any:
-    """All of the plan quantized, ranges by one method. Of fp8 still int8, with fp32 weights."""
+def _with(work: _Work, method: str, precision: str) -> Any:
+    """All of the plan quantized, ranges by one method. For fp8 still int8, with fp32 weights."""
     raw = work.folder / f"{method}.onnx"
-    _quantize(_named(work.ready), raw, _Rows(work.feeds, work.batch), work.plan, work.options, work.precision, method)
+    _quantize(_named(work.ready), raw, _Rows(work.feeds, work.batch), work.plan, work.options, precision, method)
     return onnx.load(raw)
 
 
 def _best(work: _Work, plain: Any, bench: Bench, scores: dict[str, Any], notes: list[str]) -> Any:
     """The file of the method whose answers err least; what each gave goes into scores and notes."""
     right = measured(plain, "fp32", bench)
-    made = {method: _with(work, method) for method in METHODS}
+    made = {method: _with(work, method, "int8") for method in METHODS}
     answers = {method: measured(_part(work, model, plain, work.chosen), "int8", bench) for method, model in made.items()}
     table = {method: {"error": error(right, found), "agreement": float((found.argmax(1) == right.argmax(1)).mean())} for method, found in answers.items()}
     best = min(table, key=lambda method: (table[method]["error"], -table[method]["agreement"]))  # the first of equals
     scores.update(calibration=best, calibrations=table)
     each = ", ".join(f"{method} {line['error']:.3g} ({100 * line['agreement']:.4g} % the same answers)" for method, line in table.items())
     notes.append(f"calibration: {best}, whose int8 answers to {len(right):,} rows that were not calibrated on err least; error of the logits: {each}")
-    return made[best]
+    return made[best] if work.precision == "int8" else _with(work, best, work.precision)  # ONNX Runtime's CPU has no fp8 to measure
 
 
 def _bench(work: _Work) -> Bench:

@@ -41,7 +41,8 @@ def opened(model: Any, precision: str, bench: Bench) -> Engine:
     source.write_bytes(model.SerializeToString())
     settings = Options(precision=precision)
     runtime.build(source, settings, built)
-    return runtime.load(built, settings)
+    engine: Engine = runtime.load(built, settings)
+    return engine
 
 
 def answers(engine: Engine, bench: Bench) -> NDArray[Any]:
