@@ -13,9 +13,12 @@ from onnx.reference import ReferenceEvaluator
 from onnx_graphs import Graph, cnn, rows
 
 from portaisys.artifact import hash_file
-from portaisys.compress.quantize import make_plan, quantize
+from portaisys.compress.quantize import LEAST_ROWS, METHODS, HeldOut, make_plan, quantize, refuse_calibration
+from portaisys.engine import Options
+from portaisys.engine import onnxruntime as runtime
+from portaisys.engine import tensorrt as gpu
 from portaisys.engine.onnx_file import read_for
-from portaisys.spec import Quantize, UserError
+from portaisys.spec import Quantize, SpecError, UserError, parse
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +187,83 @@ def test_an_fp8_file_and_an_int8_file_are_not_taken_for_each_other(tmp_path):
         read_for(tmp_path / "fp8.onnx", "int8")
     with pytest.raises(UserError, match=r"'fp8' was asked for, but .*int8\.onnx is quantized to int8"):
         read_for(tmp_path / "int8.onnx", "fp8")
+
+
+# --- chosen by measured error ---------------------------------------------------------------------------------------
+
+
+def test_auto_keeps_the_calibration_that_errs_least_on_rows_that_it_did_not_see(source, tmp_path):
+    calibration = rows(96)
+    calibration[0, 0, 0, 0] = 300.0  # one outlier: a range up to it wastes nearly all steps
+    figures = quantize(source, tmp_path / "auto.onnx", calibration, Quantize(calibration="auto"), held_out=HeldOut(rows(100, seed=5)))
+    table = figures["calibrations"]
+    assert {*table} == {*METHODS} and figures["calibration"] == min(table, key=lambda name: table[name]["error"])
+    assert table["percentile"]["error"] != table["minmax"]["error"]
+    quantize(source, tmp_path / "same.onnx", calibration, Quantize(calibration=figures["calibration"]))
+    assert hash_file(tmp_path / "auto.onnx") == hash_file(tmp_path / "same.onnx")  # what was measured is what is kept
+    assert all(f"{name} {table[name]['error']:.3g}" in figures["notes"][-1] for name in METHODS)
+
+
+def test_without_other_rows_auto_measures_on_every_second_one_which_then_calibrates_nothing(source, tmp_path):
+    figures = quantize(source, tmp_path / "auto.onnx", rows(64), Quantize(calibration="auto"))
+    assert figures["calibration_rows"] == 32 and "to 32 rows that were not calibrated on" in figures["notes"][-1]
+
+
+def test_auto_chooses_for_fp8_too(source, tmp_path):
+    figures = quantize(source, tmp_path / "fp8.onnx", rows(64), Quantize(calibration="auto"), "fp8")
+    assert figures["calibration"] in METHODS
+    read_for(tmp_path / "fp8.onnx", "fp8")
+
+
+def test_too_few_calibration_rows_are_refused_with_the_number_that_would_do():
+    with pytest.raises(UserError, match=f"data.calibration_rows: 12 rows are too few .* give at least {LEAST_ROWS}"):
+        refuse_calibration(12, Quantize())
+    refuse_calibration(LEAST_ROWS, Quantize())
+    refuse_calibration(1, Quantize(method="weight_only"))  # which calibrates nothing
+
+
+# --- weights alone --------------------------------------------------------------------------------------------------
+
+
+def test_weights_alone_make_a_small_file_that_answers_as_fp32_and_is_int8_to_engines(tmp_path):
+    path = cnn(tmp_path / "wide.onnx", width=48)
+    figures = quantize(path, tmp_path / "int8.onnx", rows(20), Quantize(method="weight_only"))
+    assert figures["onnx_bytes_int8"] < 0.3 * figures["onnx_bytes_fp32"] and figures["quantized_nodes"] == 7
+    graph = onnx.load(tmp_path / "int8.onnx").graph
+    assert not any(node.op_type == "QuantizeLinear" for node in graph.node)
+    read_for(tmp_path / "int8.onnx", "int8")
+    with pytest.raises(UserError, match="'fp32' was asked for"):
+        read_for(tmp_path / "int8.onnx", "fp32")
+    notes = runtime.build(tmp_path / "int8.onnx", Options("int8"), tmp_path / "built")
+    assert notes == ["weights alone are int8: ONNX Runtime makes them floats when it opens the file"]
+    x = rows(200, seed=7)
+    (found,) = runtime.load(tmp_path / "built", Options("int8")).run({"x": x}).values()
+    assert np.linalg.norm(found - answers(path, x)) < 0.02 * np.linalg.norm(answers(path, x))
+
+
+def test_tensorrt_builds_a_file_of_int8_weights(source, tmp_path):
+    quantize(source, tmp_path / "int8.onnx", rows(20), Quantize(method="weight_only"))
+    gpu.build(tmp_path / "int8.onnx", Options("int8"), tmp_path / "plan")
+    assert (tmp_path / "plan").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"method": "weight_only", "sensitivity": True}, r"compress\.0\.quantize\.method: weight_only calibrates nothing"),
+        ({"distill": True}, r"compress\.0\.quantize\.distill: only qat trains, and this is ptq"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options, reason):
+    with pytest.raises(SpecError, match=reason):
+        parse({"name": "x", "compress": [{"quantize": options}]})
+
+
+def test_fp8_has_no_form_of_weights_alone():
+    with pytest.raises(SpecError, match=r"engine\.precisions: 'fp8' has no weight_only form"):
+        parse({"name": "x", "compress": [{"quantize": {"method": "weight_only"}}], "engine": {"also_build": ["tensorrt"], "precisions": ["fp8"]}})
+
+
+def test_new_options_at_their_defaults_leave_a_stage_its_key():
+    assert Quantize().stage == {"calibration": "minmax", "quantize_add": None, "reduce_range": True}
+    assert Quantize(sensitivity=True).stage["sensitivity"] is True

@@ -6,6 +6,7 @@ have been wrong silently (pytorch #166797). Knows nothing of accuracy or engines
 
 from __future__ import annotations
 
+import ast
 import io
 import logging
 import warnings
@@ -20,10 +21,12 @@ from torch import nn
 
 from portaisys import artifact, evaluate
 from portaisys.engine import Options, backend
+from portaisys.engine.onnx_file import LAYER
 from portaisys.models import predictor
 from portaisys.spec import Export, UserError
 
 INPUT, OUTPUT, TOKENS = "x", "logits", "tokens"
+SCOPES = "pkg.torch.onnx.name_scopes"  # the modules around an operator, outermost first, and the operator's own name
 
 
 def export(model: nn.Module, rows: NDArray[Any], options: Export, path: Path, *, seed: int = 0, most_tokens: int = 0) -> dict[str, Any]:
@@ -66,9 +69,13 @@ def _write(model: nn.Module, sample: NDArray[Any], options: Export, path: Path, 
 
 
 def _plain(proto: Any) -> Any:
-    """Without stack traces of the exporting machine: the same weights must give the same bytes anywhere."""
+    """Without stack traces of the exporting machine: the same weights must give the same bytes anywhere. What stays is each node's module."""
     for node in proto.graph.node:
+        scopes = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "[]")
+        layer = next(iter(ast.literal_eval(scopes)[-2:-1]), "")
         del node.metadata_props[:]
+        if layer:
+            node.metadata_props.add(key=LAYER, value=layer)
         node.doc_string = ""
     for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):
         if hasattr(value, "metadata_props"):

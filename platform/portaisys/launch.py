@@ -22,6 +22,7 @@ import yaml
 
 from portaisys import artifact, cluster, data, gate, metrics, models, report, spec, store, teachers, training
 from portaisys.artifact import Artifact
+from portaisys.compress.quantize import refuse_calibration
 from portaisys.data import Splits
 from portaisys.engine import TYPED, available, backend
 from portaisys.judge import BASELINE
@@ -90,9 +91,14 @@ def plan(options: Spec) -> list[Stage]:
     exported = {"dense": "export-dense"} | ({"small": "export-small"} if small != "train" else {})
     stages += [Stage(name, "export", {"model": small if role == "small" else "train"}, ("seed", "export", "model")) for role, name in exported.items()]
     smallest = list(exported.values())[-1]
+    trained = {"model": smallest}
+    if options.quantize and options.quantize.method == "qat" and {*QUANTIZES} & {*options.precisions}:
+        stages.append(Stage("qat", "qat", {"student": small, "teacher": "train"}, ("seed", "model", "train"), options.quantize.training))
+        stages.append(Stage("export-qat", "export", {"model": "qat"}, ("seed", "export", "model")))
+        trained = {"model": "export-qat", "learnt": "qat"}
     for precision, kind in QUANTIZES.items():
         if options.quantize and precision in options.precisions:
-            stages.append(Stage(kind, kind, {"model": smallest}, (), options.quantize.model_dump()))
+            stages.append(Stage(kind, kind, trained, ("gate",) if options.quantize.searches else (), options.quantize.stage))
             exported[precision] = kind
     for name, (source, low) in _casts(options).items():
         stages.append(Stage(f"cast-{name}", "cast", {"model": exported.get(source, smallest)}, (), {"precision": low, "judged_as": name}))
@@ -296,8 +302,10 @@ def preflight(options: Spec, splits: Splits, looks: int) -> None:
         if step.distill:
             teachers.refuse_unteachable(options, splits, step.distill)
     planned = options if options.compress != "auto" else with_recipe(options, TYPICAL)
+    if options.quantize:
+        refuse_calibration(len(splits.calibration), options.quantize)
     low = {name for name in planned.precisions if options.engine.backend == "auto" or name in spec.BACKEND_PRECISIONS[options.engine.backend]} - {"fp32"}
-    candidates = sum(stage.kind == "export" for stage in plan(planned)) + len(low)
+    candidates = sum(stage.kind == "export" and stage.name != "export-qat" for stage in plan(planned)) + len(low)
     if candidates > 1:
         gate.refuse_undecidable(len(splits.test), options.gate.max_accuracy_drop, options.gate.confidence, looks + candidates)
         if options.gate.max_class_recall_drop is not None:

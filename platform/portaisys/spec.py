@@ -441,13 +441,52 @@ class Distill(Section):
 
 
 class Quantize(Section):
-    """INT8 post-training quantization of the exported ONNX."""
+    """INT8 (or fp8) of the exported ONNX, judged like every other candidate.
 
-    calibration: Literal["minmax", "entropy", "percentile"] = "minmax"
+    `method`: `ptq` calibrates ranges; `qat` first trains on for `epochs` at `learning_rate` with the rounding in every step (`distill`: against the dense model's answers
+    as well), in fp32, one process and without train.speed and ema_decay; `weight_only` rounds weights alone, which makes the file small and no engine faster.
+    `calibration: auto` tries all three and keeps the one whose int8 answers to validation rows err least. `keep`: layers left in fp32, by name or by a module they
+    stand in. `sensitivity`: measure each layer quantized alone. `mixed`: give the layers that err most back to fp32 until, on validation rows, no more than
+    `max_drop` of accuracy (a fraction; by default half of gate.max_accuracy_drop) is lost; naming `max_drop` asks for it too. `rows`: of validation, for all of this.
+    """
+
+    calibration: Literal["auto", "minmax", "entropy", "percentile"] = "minmax"
     quantize_add: bool | None = None
     # 7-bit weights: without VNNI, x86 adds u8 x s8 products in 16 bits, which full-range weights overflow
     # (docs/log.md, 2026-11-22: error 8.8 % instead of 3.3 %).
     reduce_range: bool = True
+    method: Literal["ptq", "qat", "weight_only"] = "ptq"
+    epochs: int = Field(2, ge=1)
+    learning_rate: float = Field(0.001, gt=0)
+    distill: bool = False
+    keep: tuple[str, ...] = ()
+    sensitivity: bool = False
+    mixed: bool = False
+    max_drop: float | None = Field(None, ge=0, lt=1)
+    rows: int = Field(1000, ge=1)
+
+    @model_validator(mode="after")
+    def _method_has_what_is_asked(self) -> Quantize:
+        if self.method == "weight_only" and (self.sensitivity or self.searches or self.calibration == "auto"):
+            raise ValueError(".method: weight_only calibrates nothing and has no layers to search; leave sensitivity, mixed, max_drop and calibration out, or take ptq")
+        if self.distill and self.method != "qat":
+            raise ValueError(f".distill: only qat trains, and this is {self.method}; set method: qat, or leave it out")
+        return self
+
+    @property
+    def searches(self) -> bool:
+        return self.mixed or self.max_drop is not None
+
+    @property
+    def stage(self) -> dict[str, Any]:
+        """Options of the stages that write files; newer ones at their defaults are left out, so that a key stays what it was before they were there."""
+        first = ("calibration", "quantize_add", "reduce_range")
+        return {name: value for name, value in self.model_dump().items() if name in first or value != type(self).model_fields[name].default}
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Of these what the training of qat depends on."""
+        return {name: value for name, value in self.model_dump().items() if name in ("method", "quantize_add", "reduce_range", "epochs", "learning_rate", "distill", "keep")}
 
 
 class Step(Section):
@@ -668,6 +707,8 @@ class Spec(Section):
         for precision in {"int8", "fp8"} & {*(self.engine.precisions or ())}:
             if "quantize" not in kinds and self.compress != "auto":
                 raise ValueError(f"engine.precisions: {precision!r} needs a quantize step; add '- quantize: {{}}' to compress")
+        if self.quantize and self.quantize.method == "weight_only" and "fp8" in (self.engine.precisions or ()):
+            raise ValueError("engine.precisions: 'fp8' has no weight_only form; leave it out, or set compress.quantize.method to ptq or qat")
         return self
 
     @model_validator(mode="after")

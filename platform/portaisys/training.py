@@ -36,8 +36,9 @@ def carry(options: Spec, fit: Fit, tell: Callable[..., None]) -> Path:
     left = 0 if fit.remote else checkpoint.steps(Path(fit.work))
     if left:
         tell(f"goes on from step {left}, where an earlier run stopped")
-    if options.train.num_workers == 0:
-        _alone(options, fit, tell)
+    if options.train.num_workers == 0 or fit.kind == "qat":
+        told = f"compress.quantize.method: qat trains in one process, so train.num_workers {options.train.num_workers} was not used for it"
+        _alone(options, fit, tell, [told] if options.train.num_workers else [])
         return Path(fit.work)
     with cluster.on_ray(_own_cpus(options.train)):
         no_room = check_cluster(options)

@@ -20,6 +20,7 @@ from portaisys.engine import Tensor
 from portaisys.spec import UserError
 
 LEAST_OPSET = 11
+LAYER = "portaisys.layer"  # metadata of a node: the torch module that it computes, by its path
 MOST_BYTES = 2**31 - 2**20  # protobuf's bound on one message
 _ITEM_BITS = {2: 8, 3: 8, 4: 16, 5: 16, 1: 32, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128, 16: 16, 17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8}
 
@@ -73,9 +74,19 @@ def _low_of(graph: Any) -> str:
     return next((_LOW[kind] for kind in kinds if kind in _LOW), "fp32")
 
 
+def quantized_parts(path: Path) -> tuple[bool, bool]:
+    """Of a quantized file: whether activations are quantized, not weights alone; and whether scales are fp16 or bf16, since what is between Q and DQ is cast."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    low = {tensor.name for tensor in graph.initializer if tensor.data_type in _LOW}
+    steps = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    return any(node.op_type == "QuantizeLinear" for node in steps), any(node.input[1] in low for node in steps)
+
+
 def _quantized_to(model: Any) -> str:
     """"int8", "fp8", or nothing."""
-    if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+    if not any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node):  # of weights alone: the latter only
         return ""
     return "fp8" if any(tensor.data_type in _FP8 for tensor in model.graph.initializer) else "int8"
 
