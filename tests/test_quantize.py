@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_graphs import Graph, cnn, rows
 
 from portaisys.artifact import hash_file
-from portaisys.compress.quantize import LEAST_ROWS, METHODS, HeldOut, make_plan, quantize, refuse_calibration
+from portaisys.compress.quantize import LEAST_ROWS, METHODS, HeldOut, kl_range, make_plan, quantize, refuse_calibration
 from portaisys.engine import Options
 from portaisys.engine import onnxruntime as runtime
 from portaisys.engine import tensorrt as gpu
@@ -267,3 +267,10 @@ def test_fp8_has_no_form_of_weights_alone():
 def test_new_options_at_their_defaults_leave_a_stage_its_key():
     assert Quantize().stage == {"calibration": "minmax", "quantize_add": None, "reduce_range": True}
     assert Quantize(sensitivity=True).stage["sensitivity"] is True
+
+
+def test_entropy_clips_a_few_far_values_and_nothing_of_an_even_distribution():
+    values = np.abs(np.random.default_rng(0).standard_normal(100_000))
+    counts, _ = np.histogram([*values, 40.0], bins=1024, range=(0, 40))
+    assert 2 / 40 < kl_range(counts) < 6 / 40
+    assert kl_range(np.full(1024, 50)) > 0.95

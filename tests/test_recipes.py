@@ -30,8 +30,8 @@ def trial(name, ms, lost, gained=0, state="done", **params):
 
 def test_choices_are_compression_steps_and_of_nothing_pruned_nothing_is_distilled(tmp_path):
     options = auto(tmp_path)
-    both = recipes.recipe_of({"mac_cut": 0.5, "epochs": 2, "rate": 0.5, "quantize": "minmax"}, options)
-    assert both == [{"prune": {"mac_cut": 0.5, "importance": "taylor", "scope": "global"}}, {"distill": {"epochs": 2, "learning_rate": 0.5 * options.train.learning_rate}}, {"quantize": {"calibration": "minmax"}}]
+    both = recipes.recipe_of({"mac_cut": 0.5, "epochs": 2, "rate": 0.5, "quantize": "auto"}, options)
+    assert both == [{"prune": {"mac_cut": 0.5, "importance": "taylor", "scope": "global"}}, {"distill": {"epochs": 2, "learning_rate": 0.5 * options.train.learning_rate}}, {"quantize": {"calibration": "auto"}}]
     assert recipes.recipe_of({"mac_cut": 0.0, "epochs": 2, "rate": 0.5, "quantize": "none"}, options) == []
 
 
@@ -54,7 +54,7 @@ def test_the_fastest_of_those_that_the_gate_would_pass_is_chosen(tmp_path):
 def test_a_margin_that_no_recipe_keeps_is_refused_with_the_nearest(tmp_path):
     options = auto(tmp_path, "gate.max_accuracy_drop=0.02")
     with pytest.raises(UserError, match=r"gate\.max_accuracy_drop: 0\.02 would be kept by none of the 2 recipes tried; the nearest, .*quantize.*, is reckoned to come to a bound of 0\.0\d+; allow that much"):
-        recipes.choose([trial("a", 1.0, 8, quantize="minmax"), trial("b", 0.5, 20)], options, rows=600, looks=3)
+        recipes.choose([trial("a", 1.0, 8, quantize="mixed"), trial("b", 0.5, 20)], options, rows=600, looks=3)
 
 
 def test_a_search_none_of_whose_recipes_ended_says_why(tmp_path):

@@ -16,6 +16,8 @@ from torch import nn
 from portaisys import spec
 from portaisys.compress.cast import cast
 from portaisys.compress.quantize import quantize
+from portaisys.data import Split
+from portaisys.data.sources import Table
 from portaisys.engine import Options, onnxruntime
 from portaisys.engine import tensorrt as gpu
 from portaisys.export import export
@@ -87,16 +89,6 @@ def test_fp16_scales_give_wrong_answers_on_a_cpu_session_as_it_comes_and_not_on_
 # --- INT8 that is slower than fp32 ----------------------------------------------------------------------------------
 
 
-class Rows:
-    """A split of arrays."""
-
-    def __init__(self, x, y):
-        self.x, self.y = x, y
-
-    def __len__(self):
-        return len(self.x)
-
-
 def test_an_int8_engine_that_is_slower_than_fp32_is_not_admitted_however_accurate(tmp_path, one_thread):
     """Convolutions quantized and residual sums not, the placement that TensorRT's guides give: on ONNX Runtime's CPU 1.5 x the time of fp32."""
     fp32, int8 = cnn(tmp_path / "fp32.onnx"), tmp_path / "int8.onnx"
@@ -110,7 +102,8 @@ def test_an_int8_engine_that_is_slower_than_fp32_is_not_admitted_however_accurat
     options = spec.parse({"name": "slow", "gate": {"max_accuracy_drop": 0.2, "latency_pairs": 60}, "export": {"max_batch": 32}, "storage": {"cache": str(tmp_path / "cache")}})
     made = {name: SimpleNamespace(file=lambda _, path=path: path, scores={"parameters": 1, "macs": 1}) for name, path in (("fp32", fp32), ("int8", int8))}
     subjects = [Subject(DENSE, "fp32", made["fp32"], None, "onnxruntime"), Subject("int8", "int8", made["int8"], DENSE, "onnxruntime")]
-    judgement = judge(options, subjects, dense, {"parameters": 1, "macs": 1, "size_bytes": 1}, Rows(x, y), looks=2)
+    table = Table(lambda indices: x[indices], y, tuple(map(str, range(10))), x.shape[1:], "")
+    judgement = judge(options, subjects, dense, {"parameters": 1, "macs": 1, "size_bytes": 1}, Split(table, np.arange(len(y))), looks=2)
     row = next(row for row in judgement.rows if row.engine == "int8")
     assert row.verdicts["accuracy"]["action"] == "pass"
     assert row.verdicts["latency"]["action"] != "pass"

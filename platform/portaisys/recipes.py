@@ -90,7 +90,7 @@ def space(options: Spec) -> dict[str, tune.Choices]:
         "mac_cut": (0.0, 0.3, 0.5, 0.65, 0.8),
         "epochs": tuple(sorted({max(1, epochs // 4), max(1, epochs // 2)})),
         "rate": (0.2, 0.5),
-        "quantize": ("none", "minmax", "percentile"),
+        "quantize": ("none", "auto", "mixed"),
     }
     return found
 
@@ -107,7 +107,7 @@ def recipe_of(params: Params, options: Spec) -> Recipe:
         steps.append({"prune": {"mac_cut": params["mac_cut"], "importance": "taylor", "scope": "global"}})  # lost least of all (docs/log.md)
         steps.append({"distill": {"epochs": params["epochs"], "learning_rate": params["rate"] * options.train.learning_rate}})
     if params.get("quantize", "none") != "none":
-        steps.append({"quantize": {"calibration": params["quantize"]}})
+        steps.append({"quantize": {"calibration": "auto"} | ({"mixed": True} if params["quantize"] == "mixed" else {})})
     return steps
 
 

@@ -84,7 +84,7 @@ def candidates_table(rows: Sequence[Mapping[str, Any]], best: str) -> Table:
 def stage_table(made: Any, left: Mapping[str, Any]) -> None:
     """What one stage left, and where; `left`: files beside its artifact."""
     places = _places()
-    scores = ", ".join(f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}" for name, value in made.scores.items())
+    scores = ", ".join(f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}" for name, value in made.scores.items() if not isinstance(value, list | dict))
     notes = ((f"note {number}" if number > 1 else "note", note) for number, note in enumerate(made.notes, 1))
     for name, value in (("stage", made.kind), ("scores", scores), *notes, ("digest", made.digest[:12]), ("artifact", made.path), *left.items()):
         places.add_row(f"[bold]{name}", str(value))

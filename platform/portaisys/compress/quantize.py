@@ -25,6 +25,7 @@ import onnx.version_converter
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.calibrate import create_calibrator
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from portaisys.artifact import write_bytes
@@ -41,7 +42,8 @@ LEAST_ROWS = 16  # fewer show no range worth the name; hundreds are better
 _GATE = Gate()
 # What qat leaves. scale/<layer>: of its activations, in order; logits: what the converted torch model answers to the first calibration rows.
 LEARNT = "qat.npz"
-METHODS = {"minmax": CalibrationMethod.MinMax, "entropy": CalibrationMethod.Entropy, "percentile": CalibrationMethod.Percentile}
+# What the library looks for; of "entropy" we look ourselves, and tell it the ranges.
+METHODS = {"minmax": CalibrationMethod.MinMax, "entropy": CalibrationMethod.MinMax, "percentile": CalibrationMethod.Percentile}
 
 
 @dataclass(frozen=True)
@@ -425,6 +427,7 @@ class _Rows:
     """Calibration rows as ORT reads them: one dict of arrays after the other, then None."""
 
     def __init__(self, feeds: Arrays, fixed: int) -> None:
+        self._again = lambda: _Rows(feeds, fixed)
         rows = len(next(iter(feeds.values())))
         # ORT's "entropy" and "percentile" stack the batches into one array, so none may be shorter.
         batch = fixed or next(size for size in range(MAX_BATCH, 0, -1) if rows % size == 0)
@@ -434,9 +437,14 @@ class _Rows:
     def get_next(self) -> dict[str, Any] | None:
         return next(self._feeds, None)
 
+    def again(self) -> _Rows:
+        """The same rows, from the first."""
+        return self._again()
+
 
 def _quantize(model: Any, out: Path, rows: _Rows, plan: Plan, options: Quantize, precision: str, method: str) -> None:
     types = sorted({node.op_type for node in model.graph.node if node.name in plan.quantized})
+    ranges = _entropy_ranges(model, out.with_suffix(".calibrated"), rows, types) if method == "entropy" else {}
     with contextlib.redirect_stdout(io.StringIO()):  # the library prints its progress
         quantize_static(
             model, out, rows, quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=options.reduce_range and precision == "int8",
@@ -446,8 +454,59 @@ def _quantize(model: Any, out: Path, rows: _Rows, plan: Plan, options: Quantize,
                 # No quantized bias (TensorRT refuses int32 DQ), nothing between a Conv and its ReLU (it would part them).
                 "ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False, "OpTypesToExcludeOutputQuantization": types,
                 "AddQDQPairToWeight": precision == "fp8",  # leaves the fp32 weights, to be rounded once
+                "TensorQuantOverrides": ranges,
             },
         )  # fmt: skip
+
+
+BINS, LEVELS = 2048, 128  # of a histogram over both signs; steps of 8 bits on one side of zero
+
+
+def _entropy_ranges(model: Any, work: Path, rows: _Rows, types: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """By tensor the range that loses least of the values' distribution.
+
+    The library's own entropy calibration has as many bins as levels, so that there is one range to choose, the widest: its files were min-max's, byte for byte.
+    """
+    path = work.with_suffix(".onnx")
+    onnx.save(model, path)
+    with contextlib.redirect_stdout(io.StringIO()):
+        calibrator: Any = create_calibrator(path, types, str(work.with_suffix(".augmented.onnx")), CalibrationMethod.Entropy, extra_options={"num_bins": BINS})
+        calibrator.collect_data(rows.again())
+    found = {}
+    for name, (counts, edges, *_) in calibrator.collector.histogram_dict.items():
+        centres = np.abs((edges[1:] + edges[:-1]) / 2)
+        most = float(np.abs(edges).max())
+        sided, _ = np.histogram(centres, bins=BINS // 2, range=(0, most or 1.0), weights=counts)  # a later batch may have widened it
+        limit = np.float32(most * kl_range(sided))
+        found[name] = [{"rmin": -limit, "rmax": limit}]
+    return found
+
+
+def kl_range(counts: NDArray[Any]) -> float:
+    """How far to go, as a fraction of the whole range, for the least divergence of the quantized values from the clipped ones.
+
+    `counts` [bins]: of absolute values. Migacz 2017, "8-bit inference with TensorRT", GTC.
+    """
+    counts = counts.astype(np.float64)
+    counts[0] = counts[1]  # what a ReLU left nothing of is a zero in any range, and would outweigh all else
+    best, least = len(counts), np.inf
+    for size in range(LEVELS, len(counts) + 1):
+        kept = counts[:size]
+        clipped = kept.copy()
+        clipped[-1] += counts[size:].sum()
+        level = np.arange(size) * LEVELS // size
+        filled = np.bincount(level, kept > 0, LEVELS)
+        spread = (np.bincount(level, kept, LEVELS) / np.maximum(filled, 1))[level] * (kept > 0)
+        divergence = _divergence(clipped, spread)
+        if divergence < least:
+            best, least = size, divergence
+    return best / len(counts)
+
+
+def _divergence(p: NDArray[Any], q: NDArray[Any]) -> float:
+    """Kullback and Leibler's, of counts; a little is everywhere, so that it is finite."""
+    p, q = p / max(p.sum(), 1.0) + 1e-9, q / max(q.sum(), 1.0) + 1e-9
+    return float((p * np.log(p / q)).sum())
 
 
 FP8 = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
