@@ -12,7 +12,7 @@ import difflib
 import io
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -427,7 +427,7 @@ class _Rows:
     """Calibration rows as ORT reads them: one dict of arrays after the other, then None."""
 
     def __init__(self, feeds: Arrays, fixed: int) -> None:
-        self._again = lambda: _Rows(feeds, fixed)
+        self._again: Callable[[], _Rows] = lambda: _Rows(feeds, fixed)
         rows = len(next(iter(feeds.values())))
         # ORT's "entropy" and "percentile" stack the batches into one array, so none may be shorter.
         batch = fixed or next(size for size in range(MAX_BATCH, 0, -1) if rows % size == 0)
