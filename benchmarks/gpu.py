@@ -8,7 +8,7 @@ call, rows on the host to answers on the host, for every arm alike; arms are int
 answer, against eager fp32 with tf32 off. `validity` is what RTX says of its plan on this card. Needs torch, onnx, onnxruntime (to
 quantize), numpy, scipy, pydantic, filelock and pyyaml beside a TensorRT; nothing else of the platform's dependencies.
 Figures, for each model: MODEL_b1_speedup (eager fp32 over the fastest TensorRT engine, batch 1), MODEL_b64_speedup, MODEL_graphs_b1
-(fp16 without graphs over with), MODEL_parity_error (fp32's, the largest of any batch). Of training (gpu_training.py says how): MODEL_train_PRECISION_over_fp32
+(fp16 without graphs over with), MODEL_parity_error (fp32's, the largest of any batch). Of compression (gpu_compress.py): compressed_PRECISION_drop_points, compressed_bBATCH_speedup. Of training (gpu_training.py says how): MODEL_train_PRECISION_over_fp32
 (rows a second of the precision's fastest arm over plain fp32's), MODEL_train_PRECISION_mfu on a card whose peak is known, ARM_to_ACCURACY_s.
 """
 
@@ -35,6 +35,7 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "platform"))  # a lent machine has no installed package
 
+import gpu_compress as compression
 import gpu_training as training
 
 from portaisys import engine, evaluate, models, spec
@@ -229,13 +230,24 @@ def report(found: dict[str, Found], about: str, said: str) -> str:
     return "\n".join(text) + "\n"
 
 
+def compressed(options: argparse.Namespace, where: str) -> compression.Compressed:
+    """The part that compresses; nothing without data, and why is printed."""
+    if options.data is None:
+        print("compression: not measured: no --data")
+        return compression.Compressed()
+    kept = Found()
+    found = compression.measure(options.data, options.small, where, lambda arm, backend, path, asked, cache: opened(arm, backend, path, asked, cache, kept))
+    print(*compression.lines(found), *(f"compression: {arm}: not run: {why}" for arm, why in kept.built.items()), sep="\n", flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--small", action="store_true", help="small models, few rounds: runs anywhere")
     parser.add_argument("--model", action="append", choices=sorted(FULL), help="default: all; may be repeated")
-    parser.add_argument("--part", choices=("engines", "training", "all"), default="all", help="(default %(default)s)")
-    parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's files, for the time to an accuracy")
+    parser.add_argument("--part", choices=("engines", "training", "compression", "all"), default="all", help="(default %(default)s)")
+    parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's files, for the time to an accuracy and for compression")
     parser.add_argument("--train-budget-s", type=float, default=270, help="of training; after it only plain arms are opened (default %(default)s)")
     parser.add_argument("--out", type=Path, help="write the results here (markdown)")
     options = parser.parse_args()
@@ -247,17 +259,18 @@ def main() -> None:
     rounds = dict.fromkeys(batches, 20) if options.small else {1: 300, 8: 200, 64: 60}
     print(hardware())
     names, found, said = options.model or [*FULL], {}, "not asked"
-    if options.part != "training":
+    if options.part in ("engines", "all"):
         with tempfile.TemporaryDirectory() as folder:
             found = {name: measure(name, SMALL if options.small else FULL, Path(folder) / name, batches, rounds, where) for name in names}
             said = validity(Path(folder))
     for name, one in found.items():
         for arm, why in one.built.items():
             print(f"{name}: {arm}: not run: {why}")
-    trained = training.run(names, options, where) if options.part != "engines" else ({}, {})
-    figures = {figure: value for name, one in found.items() for figure, value in figures_of(name, one).items()} | training.figures_of(*trained, paired)
+    trained = training.run(names, options, where) if options.part in ("training", "all") else ({}, {})
+    shrunk = compressed(options, where) if options.part in ("compression", "all") else compression.Compressed()
+    figures = {figure: value for name, one in found.items() for figure, value in figures_of(name, one).items()} | training.figures_of(*trained, paired) | compression.figures_of(shrunk, paired)
     if options.out:
-        options.out.write_text(report(found, hardware(), said) + training.report(*trained))
+        options.out.write_text(report(found, hardware(), said) + training.report(*trained) + "\n".join(["\n## Compression", "", *compression.lines(shrunk), ""]))
     if options.json:
         print(json.dumps({"benchmark": "gpu", "figures": figures}))
 

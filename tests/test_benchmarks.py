@@ -13,6 +13,7 @@ from portaisys import spec
 from portaisys.engine import tensorrt
 
 ROOT = Path(__file__).parents[1]
+FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 @pytest.mark.skipif(tensorrt.device() != "none", reason="this machine has a GPU")
@@ -27,6 +28,25 @@ def test_the_gpu_benchmark_runs_its_cpu_engines_builds_its_plans_and_trains_wher
     for precision in ("fp32", "tf32", "fp16", "bf16", "int8", "int8+fp16", "fp8", "fp8+fp16"):
         assert f"- tensorrt {precision}: not run: built but not run: this machine has no NVIDIA driver" in text
     assert all(f"{arm} " in text for arm in ("eager fp32", "torch.compile fp32", "onnxruntime int8", "openvino fp32")) and "EngineValidity.INVALID" in text
+
+
+@pytest.mark.skipif(tensorrt.device() != "none", reason="this machine has a GPU")
+@pytest.mark.skipif(not FASHION.exists(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_the_gpu_benchmark_compresses_a_model_that_it_trained_and_builds_every_plan_of_it(tmp_path):
+    command = [sys.executable, "benchmarks/gpu.py", "--small", "--part", "compression", "--data", str(FASHION), "--json", "--out", str(tmp_path / "gpu.md")]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True).stdout.splitlines()
+    figures = json.loads(said[-1])["figures"]
+    assert figures["compressed_int8_drop_points"]["low"] < figures["compressed_int8_drop_points"]["value"] and figures["compressed_b1_speedup"]["value"] > 0
+    built = [line for line in said if line.endswith("not run: built but not run: this machine has no NVIDIA driver with a GPU (libcuda.so.1)")]
+    assert len(built) == 8 and "small int8, onnxruntime: " in (tmp_path / "gpu.md").read_text()
+
+
+def test_the_benchmark_of_compression_goes_on_where_it_stopped(tmp_path):
+    command = [sys.executable, "benchmarks/compress_fashion_mnist.py", "--small", "--json", "--folder", str(tmp_path / "runs")]
+    first, again = (subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True).stdout.splitlines() for _ in range(2))
+    before, now = (json.loads(said[-1])["figures"] for said in (first, again))
+    assert before["teacher_accuracy"] == now["teacher_accuracy"] and before["int8_drop_points"] == now["int8_drop_points"] and before["mac_cut"]["value"] > 1
+    assert sum("finished before" in line for line in again) >= 12 > sum("finished before" in line for line in first)
 
 
 def test_an_exchange_that_fits_into_the_backward_pass_costs_what_its_core_works_and_one_that_does_not_its_rest(monkeypatch):
