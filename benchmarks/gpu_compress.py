@@ -101,12 +101,11 @@ def arms(paths: Mapping[str, Path], export_options: spec.Export, cache: Cache, o
             yield from opened(f"{arm}, onnxruntime", "onnxruntime", paths[source], options, cache)
 
 
-def lost(found: Compressed, arm: str) -> dict[str, float]:
-    """Percent points against the dense torch model."""
-    before, now = found.right[DENSE], found.right[arm]
-    b, c = int((before & ~now).sum()), int((~before & now).sum())
-    low, high = gate.tango_bound(b, c, len(now), 0.95)
-    return {"value": 100 * (b - c) / len(now), "low": 100 * low, "high": 100 * high}
+def drop(before: np.ndarray, now: np.ndarray) -> dict[str, float]:
+    """Percent points lost over the same rows, with Tango's bounds, 95 % to either side."""
+    lost, gained = int((before & ~now).sum()), int((~before & now).sum())
+    low, high = gate.tango_bound(lost, gained, len(now), 0.95)
+    return {"value": 100 * (lost - gained) / len(now), "low": 100 * low, "high": 100 * high}
 
 
 def lines(found: Compressed) -> Iterator[str]:
@@ -115,13 +114,13 @@ def lines(found: Compressed) -> Iterator[str]:
         return
     yield f"  pruned from {found.macs[0]:,} to {found.macs[1]:,} multiply-accumulates; dense torch {found.right[DENSE].mean():.2%} of {len(found.right[DENSE]):,} test rows"
     for arm in (arm for arm in found.right if arm != DENSE):
-        drop, times = lost(found, arm), ", ".join(f"batch {batch} {np.median(ms[arm]):.3f} ms" for batch, ms in found.ms.items())
-        yield f"  {arm}: {found.right[arm].mean():.2%}, loses {drop['value']:.2f} points ({drop['low']:.2f} to {drop['high']:.2f}); {times}"
+        less, times = drop(found.right[DENSE], found.right[arm]), ", ".join(f"batch {batch} {np.median(ms[arm]):.3f} ms" for batch, ms in found.ms.items())
+        yield f"  {arm}: {found.right[arm].mean():.2%}, loses {less['value']:.2f} points ({less['low']:.2f} to {less['high']:.2f}); {times}"
 
 
 def figures_of(found: Compressed, paired: Callable[[np.ndarray, np.ndarray], dict[str, float]]) -> dict[str, dict[str, float]]:
     """Points lost by each quantized engine that ran, and the time of the dense fp32 engine over the fastest small one's."""
-    figures = {f"compressed_{arm.partition(',')[0].removeprefix('small ').replace('+', '_')}_drop_points": lost(found, arm) for arm in found.right if arm.startswith(("small int8", "small fp8"))}
+    figures = {f"compressed_{arm.partition(',')[0].removeprefix('small ').replace('+', '_')}_drop_points": drop(found.right[DENSE], found.right[arm]) for arm in found.right if arm.startswith(("small int8", "small fp8"))}
     for batch, ms in found.ms.items():
         dense = next((arm for arm in ms if arm.startswith("dense fp32")), "")
         small = [arm for arm in ms if arm.startswith("small")]
