@@ -57,7 +57,7 @@ class Size:
 PICTURES = {"precision": "auto", "augment": "shift_flip_erase", "batch_size": 128, "learning_rate": 0.1, "ema_decay": 0.998, "cpus_per_worker": 2}
 FULL = Size(
     {"source": "fashion_mnist"}, {"name": "convnet", "channels": [32, 64, 128], "blocks": [2, 2, 2], "strides": [1, 2, 2]},
-    {"name": "convnet", "channels": [16, 32, 64], "blocks": [1, 1, 1], "strides": [1, 2, 2]}, {**PICTURES, "epochs": 24}, 12, 30, (2, 20_000, 5),
+    {"name": "convnet", "channels": [16, 32, 64], "blocks": [1, 2, 1], "strides": [1, 2, 2]}, {**PICTURES, "epochs": 30}, 12, 40, (2, 20_000, 5),
 )  # fmt: skip
 SMALL = Size(
     {"source": "digits"}, {"name": "convnet", "channels": [16, 32], "blocks": [1, 1]}, {"name": "convnet", "channels": [8, 16], "blocks": [1, 1]},
