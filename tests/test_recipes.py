@@ -75,6 +75,12 @@ def test_a_margin_that_cannot_be_decided_is_refused_before_anything_is_tried(tmp
     assert not (tmp_path / "runs/digits").exists()
 
 
+def test_too_few_calibration_rows_are_refused_before_anything_is_tried(tmp_path):
+    with pytest.raises(UserError, match=r"data\.calibration_rows: 10 rows are too few"):
+        recipes.resolved(auto(tmp_path, "data.calibration_rows=10"), lambda *told, **more: None)
+    assert not (tmp_path / "runs/digits").exists()
+
+
 @pytest.mark.cluster
 def test_the_chosen_recipe_is_written_down_runs_on_what_the_search_left_and_is_chosen_again(tmp_path):
     options = auto(tmp_path)

@@ -302,8 +302,8 @@ def preflight(options: Spec, splits: Splits, looks: int) -> None:
         if step.distill:
             teachers.refuse_unteachable(options, splits, step.distill)
     planned = options if options.compress != "auto" else with_recipe(options, TYPICAL)
-    if options.quantize:
-        refuse_calibration(len(splits.calibration), options.quantize)
+    if planned.quantize:
+        refuse_calibration(len(splits.calibration), planned.quantize)
     low = {name for name in planned.precisions if options.engine.backend == "auto" or name in spec.BACKEND_PRECISIONS[options.engine.backend]} - {"fp32"}
     candidates = sum(stage.kind == "export" and stage.name != "export-qat" for stage in plan(planned)) + len(low)
     if candidates > 1:
