@@ -43,11 +43,6 @@ def row(outcome: launch.Outcome, engine: str) -> dict[str, Any]:
     return next(row for row in outcome.rows if row["engine"] == engine)
 
 
-def best(outcome: launch.Outcome) -> str:
-    """The engine that would be served."""
-    return str(outcome.artifacts["version"].scores["admitted"][0])
-
-
 def exact(value: float) -> Figure:
     return dict.fromkeys(("value", "low", "high"), float(value))
 
@@ -77,10 +72,12 @@ def realised(outcome: launch.Outcome, rows: np.ndarray, rounds: Mapping[int, int
 
 
 def tell(outcome: launch.Outcome) -> None:
-    """Every engine with its verdict, and the seconds of every stage."""
+    """Every engine with its verdict, and of every stage its seconds and validation accuracy."""
     for one in outcome.rows:
         print(f"{outcome.folder.name}: {one['engine']}: {one['accuracy']:.2%}, {one['parameters']:,} parameters, {one['macs']:,} MACs, {one['size_bytes']:,} bytes, {one['latency_ms_p50']:.3f} ms; {one['because']}")
-    print(f"{outcome.folder.name}: " + ", ".join(f"{made.path.name} {made.seconds:.0f} s" for made in outcome.artifacts.values()), flush=True)
+    for made in outcome.artifacts.values():
+        known = made.scores.get("validation_accuracy")
+        print(f"{outcome.folder.name}: {made.path.name}: {made.seconds:.0f} s" + ("" if known is None else f", validation {known:.2%}, {made.scores['parameters']:,} parameters"), flush=True)
 
 
 def show(benchmark: str, figures: Mapping[str, Figure]) -> dict[str, Any]:
