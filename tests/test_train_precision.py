@@ -237,6 +237,13 @@ def test_auto_says_what_it_took_and_a_resumed_run_keeps_to_it(digits, tmp_path):
     assert len(notes) == 7
 
 
+def test_steps_that_are_only_tried_have_the_small_rates_of_a_long_runs_beginning(digits, tmp_path, monkeypatch):
+    rates = []
+    monkeypatch.setattr("portaisys.speed.update", lambda learner, precision: rates.append(learner.optimizer.param_groups[0]["lr"]) or True)
+    train(digits, tmp_path, Net(), precision="auto", learning_rate=1.0, epochs=1)
+    assert rates and max(rates) <= 25 / 100
+
+
 @pytest.mark.parametrize("figures,best", [({"a": (4, 1), "b": (2, 1), "c": (1, 9)}, "b"), ({"a": (1, 1), "b": (4, 1)}, "a"), ({"a": (4, 1), "b": (1, float("nan"))}, "a")])
 def test_the_fastest_is_taken_whose_loss_agrees(monkeypatch, figures, best):
     """`figures`: name -> seconds of a step, on a clock that steps move on, and loss."""

@@ -124,7 +124,8 @@ def _following(loader: Loader, step: int, pool: ThreadPoolExecutor, ahead: bool)
 def _one_step(learner: Learner, shares: Sequence[Share], step: int, total: int, following: Callable[[], list[Share]]) -> tuple[float, list[Share]]:
     """The loss, and what is loaded meanwhile."""
     torch.manual_seed(step)
-    set_rate(learner.optimizer, learner.options, step, total)
+    # A short run is at its full rate after a step or two, where losses part by chance, however alike the variants compute.
+    set_rate(learner.optimizer, learner.options, step, max(total, MANY_STEPS))
     with islands(learner.model, learner.options.fp32_modules, learner.place.device):
         value = gradients(learner, shares, learner.options.precision)
     ahead = following()
