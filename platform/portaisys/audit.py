@@ -20,6 +20,7 @@ import numpy as np
 from portaisys import artifact, data, evaluate, models, registry, spec, stages
 from portaisys.artifact import Artifact
 from portaisys.data import Splits
+from portaisys.determinism import threads
 from portaisys.engine import recalled
 from portaisys.engine.cache import Built, cache_of, get_or_build, load
 from portaisys.gate import Decision
@@ -83,7 +84,7 @@ def audit(reference: str, storage: Storage, data_path: str = "", tell: Callable[
     tell("reading the data")
     splits = _same_rows(options, version, about)
     looks, differs = _looks(opened, about)
-    with stages.threads(options.engine.threads):
+    with threads(options.engine.threads):
         baseline, dense, said, notes = _baseline(options, splits, found, about, tell)
         lines = _lines(options, splits, found, about, storage, baseline, dense, looks, tell)
     differs += [text for line in lines for text in _differences(line)] + _registry_differs(version, lines)

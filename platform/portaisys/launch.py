@@ -24,11 +24,12 @@ from portaisys import artifact, cluster, data, gate, metrics, models, report, sp
 from portaisys.artifact import Artifact
 from portaisys.compress.quantize import refuse_calibration
 from portaisys.data import Splits
+from portaisys.determinism import threads
 from portaisys.engine import TYPED, available, backend
 from portaisys.judge import BASELINE
 from portaisys.registry import Registry, Version, open_registry
 from portaisys.spec import Spec, UserError
-from portaisys.stages import FITS, STAGES, WEIGHTS, Fit, Job, batches, threads, trace_file
+from portaisys.stages import FITS, STAGES, WEIGHTS, Fit, Job, batches, trace_file
 
 _log = logging.getLogger(__name__)
 

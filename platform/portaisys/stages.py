@@ -6,11 +6,10 @@ a group of workers elsewhere: `carry_out` is the same function in both.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from portaisys.compress.sparsify import keep_zeros, sparsify
 from portaisys.data import Split, Splits
 from portaisys.data.batches import cut, token_budget, waste
 from portaisys.data.texts import PAD_ID
-from portaisys.determinism import determined
+from portaisys.determinism import determined, threads
 from portaisys.distributed import Place
 from portaisys.engine import BACKENDS, Tensor, choose, options_of, remembered, verify
 from portaisys.engine.cache import cache_of, get_or_build, load
@@ -503,17 +502,6 @@ def _compiled(model: nn.Module, splits: Splits) -> Callable[[Any], Any]:
     face = Tensor(INPUT, "float32", (-1, *splits.shape)), Tensor(OUTPUT, "float32", (-1, len(splits.labels)))
     engine = TorchEngine(model, face[:1], face[1:], compiled=True)
     return lambda x: engine.run({INPUT: x})[OUTPUT]
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """So many threads for torch's operators, for the time of the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def packed(job: Job, draft: Draft) -> None:
