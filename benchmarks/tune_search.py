@@ -30,8 +30,9 @@ import ray
 import torch
 from scipy import stats
 
-from portaisys import cluster, data, evaluate, models, spec, stages, tune
+from portaisys import cluster, data, evaluate, models, spec, tune
 from portaisys.train import fit
+from portaisys.weights import fresh
 
 GRID = Path(__file__).parent / "results/tune_grid_digits.json"
 SPACE = {
@@ -50,7 +51,7 @@ def measure(point: tuple[float, ...]) -> dict[str, float]:
     }  # fmt: skip
     options = spec.parse(tree)
     splits = data.load(options.data)
-    model = stages.fresh(options, splits)
+    model = fresh(options, splits)
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(spec.UserError):  # what diverges keeps the weights it has then
         fit(model, splits.train, options.train, folder=Path(folder), key="grid")
     error = 1 - evaluate.accuracy(np.nan_to_num(evaluate.predict_rows(models.predictor(model), splits.validation.x, 256)), splits.validation.y)

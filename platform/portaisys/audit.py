@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from portaisys import artifact, data, evaluate, models, registry, spec, stages
+from portaisys import artifact, data, evaluate, models, registry, spec
 from portaisys.artifact import Artifact
 from portaisys.data import Splits
 from portaisys.determinism import threads
@@ -28,6 +28,7 @@ from portaisys.judge import BASELINE, REFERENCE, VERIFIED_ROWS, Baseline, Logits
 from portaisys.launch import run_folder
 from portaisys.registry import Registry, Version
 from portaisys.spec import Spec, Storage, UserError
+from portaisys.weights import restore
 
 # Verdicts that stand in a row only where they failed.
 ONLY_FAILURES = ("soundness", "finite")
@@ -129,7 +130,7 @@ def _baseline(
     weights, notes = _weights(run_folder(options), about["lineage"]["reference"])
     if weights:
         tell(f"the dense model answers {len(splits.test):,} test rows")
-        dense = models.predictor(stages.restore(options, splits, weights))
+        dense = models.predictor(restore(options, splits, weights))
         logits = evaluate.predict_rows(dense, splits.test.x, options.export.max_batch)
         baseline = Baseline(evaluate.answered(logits), logits)
         if kept and (others := int((kept.answers != baseline.answers).sum())):

@@ -38,12 +38,13 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search.optuna import OptunaSearch
 from ray.util import placement_group_table, remove_placement_group
 
-from portaisys import artifact, cluster, data, evaluate, launch, metrics, models, report, spec, stages, store, training
+from portaisys import artifact, cluster, data, evaluate, launch, metrics, models, report, spec, store, training
 from portaisys.engine import Engine, options_of
 from portaisys.engine.cache import cache_of, get_or_build, load
 from portaisys.export import INPUT, OUTPUT, export
 from portaisys.launch import Tell
 from portaisys.spec import Section, Spec, SpecError, UserError
+from portaisys.weights import fresh, restore
 
 STUDY = "study.journal"
 Params = Mapping[str, Any]
@@ -553,7 +554,7 @@ def evaluate_spec(params: Params, report: Report, problem: Problem, folder: str,
 
 def _right(options: Spec, splits: data.Splits) -> NDArray[np.bool_]:
     """Which validation rows the dense model of a run answers rightly."""
-    dense = models.predictor(stages.restore(options, splits, launch.run_folder(options) / "train"))
+    dense = models.predictor(restore(options, splits, launch.run_folder(options) / "train"))
     return evaluate.correct(evaluate.predict_rows(dense, splits.validation.x, options.export.max_batch), splits.validation.y)
 
 
@@ -605,7 +606,7 @@ def _reference(problem: Problem, folder: Path) -> bytes:
     path = folder / "reference.onnx"
     if not path.exists():
         splits = data.load(options.data)
-        export(stages.fresh(options, splits), splits.calibration.x, options.export, path, seed=options.seed)
+        export(fresh(options, splits), splits.calibration.x, options.export, path, seed=options.seed)
     return path.read_bytes()
 
 
