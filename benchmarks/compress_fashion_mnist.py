@@ -30,10 +30,11 @@ from compress_runs import exact, options_of, realised, right, row, run, share, s
 from gpu_compress import drop
 from scipy import stats
 
-from portaisys import data, evaluate, launch, models, spec, stages
+from portaisys import data, evaluate, launch, models, spec
 from portaisys.compress.distill import distillation
 from portaisys.engine.cpu import device
 from portaisys.train import fit
+from portaisys.weights import restore
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def gained(size: Size, folder: Path) -> dict[str, float]:
     epochs, rows, seeds = size.gain
     options = options_of(size.base, "teacher", folder, [])
     splits = data.load(options.data)
-    teacher = stages.restore(options, splits, launch.run_folder(options) / "train")
+    teacher = restore(options, splits, launch.run_folder(options) / "train")
     part = data.Split(splits.train.table, splits.train.indices[:rows])
     shorter = options.train.model_copy(update={"epochs": epochs, "ema_decay": None})
     points = []

@@ -30,8 +30,11 @@ import ray
 import torch
 from scipy import stats
 
-from portaisys import cluster, data, evaluate, models, spec, stages, tune
+from portaisys import cluster, data, evaluate, models, spec
+from portaisys.pareto import costs, front, hypervolume
 from portaisys.train import fit
+from portaisys.trials import Evaluate, search
+from portaisys.weights import fresh
 
 GRID = Path(__file__).parent / "results/tune_grid_digits.json"
 SPACE = {
@@ -50,7 +53,7 @@ def measure(point: tuple[float, ...]) -> dict[str, float]:
     }  # fmt: skip
     options = spec.parse(tree)
     splits = data.load(options.data)
-    model = stages.fresh(options, splits)
+    model = fresh(options, splits)
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(spec.UserError):  # what diverges keeps the weights it has then
         fit(model, splits.train, options.train, folder=Path(folder), key="grid")
     error = 1 - evaluate.accuracy(np.nan_to_num(evaluate.predict_rows(models.predictor(model), splits.validation.x, 256)), splits.validation.y)
@@ -70,7 +73,7 @@ def _measured() -> dict[tuple[float, ...], dict[str, float]]:
     return {tuple(point): values for point, values in json.loads(GRID.read_text())["points"]}
 
 
-def trainer(seconds: float = 0.0) -> tune.Evaluate:
+def trainer(seconds: float = 0.0) -> Evaluate:
     """What a trial does: say what training gave at its point, after `seconds`. Carries the table along: it runs in a process without this file."""
     measured, names = _measured(), tuple(SPACE)
 
@@ -85,28 +88,24 @@ def everything() -> list[dict[str, float]]:
     return list(_measured().values())
 
 
-def rows(points: list[dict[str, float]]) -> np.ndarray:
-    return np.array([[point[name] for name in OBJECTIVES] for point in points])
-
-
 @functools.cache
 def yardstick() -> tuple[np.ndarray, float]:
     """The reference point, 1.1 times the worst of the true front in each objective (the usual choice: Ishibuchi et al. 2018), and the true front's volume."""
-    points = rows(everything())
-    reference = 1.1 * points[tune.front(points)].max(0)
-    return reference, tune.hypervolume(points, reference)
+    points = costs(everything(), OBJECTIVES)
+    reference = 1.1 * points[front(points)].max(0)
+    return reference, hypervolume(points, reference)
 
 
 def volume(points: list[dict[str, float]]) -> float:
     """Hypervolume as a fraction of the true front's."""
     reference, best = yardstick()
-    return tune.hypervolume(rows(points), reference) / best
+    return hypervolume(costs(points, OBJECTIVES), reference) / best
 
 
 def ours(seed: int, trials: int, slots: int) -> float:
     options = spec.Search(trials=trials, max_concurrent=slots, seed=seed, objectives=OBJECTIVES)
     with tempfile.TemporaryDirectory() as folder:
-        ended = tune.search(trainer(), SPACE, options, Path(folder))
+        ended = search(trainer(), SPACE, options, Path(folder))
     assert {one.state for one in ended} == {"done"}, {one.because for one in ended}
     return volume([dict(one.values or {}) for one in ended])
 
@@ -130,7 +129,7 @@ def overhead(trials: int, slots: int) -> dict[str, float]:
     options = spec.Search(trials=trials, max_concurrent=slots, objectives=OBJECTIVES)
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
-        ended = tune.search(trainer(1.0), SPACE, options, Path(folder))
+        ended = search(trainer(1.0), SPACE, options, Path(folder))
         wall = time.monotonic() - started
     assert len(ended) == trials and {one.state for one in ended} == {"done"}
     cost = wall / (sum(one.seconds for one in ended) / slots) - 1

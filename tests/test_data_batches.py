@@ -13,9 +13,9 @@ from portaisys.data import Split
 from portaisys.data.batches import MIX, cut, token_budget, waste
 from portaisys.data.sources import Table
 from portaisys.distributed import Place
+from portaisys.fits import batches as given_to_fit
 from portaisys.rows import shares_of, shuffled
 from portaisys.spec import UserError
-from portaisys.stages import batches as given_to_fit
 from portaisys.train import fit
 
 

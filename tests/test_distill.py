@@ -17,12 +17,14 @@ from test_train import Killed, killed_at, same
 from test_train_ranks import group
 from torch import nn
 
-from portaisys import artifact, data, distributed, launch, models, spec, stages, teachers
+from portaisys import artifact, data, distributed, launch, models, spec, teachers
 from portaisys.compress import distill
 from portaisys.compress.distill import Pupil, attention_map, distillation, evenly, inherit, paired, projections
 from portaisys.distributed import Place
+from portaisys.fits import Fit, carry_out
 from portaisys.spec import Ramp, UserError
 from portaisys.train import fit
+from portaisys.weights import restore
 
 SHAPE = (1, 8, 8)
 
@@ -404,7 +406,7 @@ def test_a_distillation_that_was_stopped_goes_on_to_the_same_bits(digits, tmp_pa
     job = {"spec": spec.dump(options), "kind": "distill", "options": launch.plan(options)[1].options, "parents": {"teacher": str(dense.path)}, "about": {}, "log": str(tmp_path / "l.jsonl")}
 
     def carried(name, key="k", report=lambda metrics, checkpoint: None):
-        stages.carry_out(stages.Fit(**job, key=key, work=str(tmp_path / name)), Place(), report)
+        carry_out(Fit(**job, key=key, work=str(tmp_path / name)), Place(), report)
         return models.load_weights(tmp_path / name / "model.safetensors")
 
     whole = carried("whole")
@@ -438,7 +440,7 @@ def test_distilling_a_pruned_model_without_layers_is_what_it_was(digits, tmp_pat
     options = short(tmp_path, {"distill": {"epochs": 1}})
     made = launch.produce(options, "distill-1", quiet, digits)
     parent = launch.produce(options, "train", quiet, digits)
-    student, teacher = (stages.restore(options, digits, parent.path) for _ in range(2))
+    student, teacher = (restore(options, digits, parent.path) for _ in range(2))
     train = options.train.model_copy(update={"epochs": 1, "learning_rate": 0.05})
 
     def loss(logits, x, y):

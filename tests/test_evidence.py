@@ -15,12 +15,13 @@ import pytest
 from onnx import helper, numpy_helper
 from sklearn.metrics import f1_score, recall_score
 
-from portaisys import artifact, cluster, data, evaluate, gate, launch, models, spec, stages, tune
+from portaisys import artifact, cluster, data, evaluate, gate, launch, models, spec, tune
 from portaisys.compress.quantize import quantize
 from portaisys.data import Split
 from portaisys.judge import DENSE, REFERENCE, Subject, baseline_of, judge, save_answers
 from portaisys.registry import Registry, open_registry
 from portaisys.spec import UserError
+from portaisys.weights import restore
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,7 +106,7 @@ def planted(tmp_path_factory, digits):
     folder = tmp_path_factory.mktemp("planted")
     options = options_in(folder)
     dense = launch.produce(options, "export-dense", quiet, digits)
-    model = stages.restore(options, digits, folder / "runs/bad/train")
+    model = restore(options, digits, folder / "runs/bad/train")
     onnx_file, sums = dense.file("model.onnx"), digits.test.x.sum((1, 2, 3))
     brighter_than = float(sums[:32].max())  # so that none of the rows that are tried for soundness is
     with pytest.MonkeyPatch.context() as monkeypatch:

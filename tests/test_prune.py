@@ -18,7 +18,9 @@ from portaisys.artifact import Draft
 from portaisys.compress.prune import Evidence, latency_cut, losses_on, prune, prune_module, sensitivity
 from portaisys.distributed import Place
 from portaisys.export import export
+from portaisys.fits import Fit, carry_out
 from portaisys.spec import SpecError, UserError
+from portaisys.weights import WEIGHTS, fresh, restore
 
 SHAPE, LONGEST = (1, 8, 8), (24,)
 EVERYTHING = ("channels", "neurons", "heads", "blocks")
@@ -178,17 +180,17 @@ def test_a_pruned_student_is_restored_after_its_distillation(tmp_path, digits):
     dense, small, done = (tmp_path / name for name in ("dense", "small", "done"))
     for folder in (dense, small, done):
         folder.mkdir()
-    models.save(stages.fresh(options, digits), dense / stages.WEIGHTS)
+    models.save(fresh(options, digits), dense / WEIGHTS)
     step = {"what": EVERYTHING, "mac_cut": 0.4, "round_to": 4, "importance": "taylor", "scope": "global"}
-    job = stages.Job(options, "prune", "k", step, {"student": SimpleNamespace(path=dense, files={})}, replace(digits, test=None), lambda: dense, lambda names: 0, lambda text: None)
+    job = stages.Job(options, step, {"student": SimpleNamespace(path=dense, files={})}, replace(digits, test=None), lambda: dense, lambda names: 0, lambda text: None)
     draft = Draft(small)
     stages.pruned(job, draft)
     assert draft.scores["mac_cut"] >= 0.4 and draft.scores["removed"]["blocks"] == 1
-    fit = stages.Fit(spec.dump(options), "distill", spec.Distill(epochs=1, learning_rate=0.01).model_dump(), {"student": str(small), "teacher": str(dense)}, "k", {}, str(done), str(tmp_path / "log.jsonl"))
-    stages.carry_out(fit, Place(), lambda metrics, checkpoint: None)
-    trained = stages.restore(options, digits, done)
+    fit = Fit(spec.dump(options), "distill", spec.Distill(epochs=1, learning_rate=0.01).model_dump(), {"student": str(small), "teacher": str(dense)}, "k", {}, str(done), str(tmp_path / "log.jsonl"))
+    carry_out(fit, Place(), lambda metrics, checkpoint: None)
+    trained = restore(options, digits, done)
     assert models.count(trained, SHAPE)["macs"] == draft.scores["macs"]
-    before, after = models.load_weights(small / stages.WEIGHTS), models.load_weights(done / stages.WEIGHTS)
+    before, after = models.load_weights(small / WEIGHTS), models.load_weights(done / WEIGHTS)
     assert before.keys() == after.keys() and not torch.equal(before["net.head.weight"], after["net.head.weight"])
 
 
@@ -405,8 +407,8 @@ def test_a_layer_that_cannot_be_pruned_is_left_and_listed(kind, skipped, tmp_pat
 
 def test_the_notes_of_the_stage_list_what_was_left(tmp_path, digits):
     options = spec.parse({"name": "p", "model": {"name": "factory", "factory": f"{__name__}:Wrapped", "options": {"kind": "lstm"}}})
-    models.save(stages.fresh(options, digits), tmp_path / stages.WEIGHTS)
-    job = stages.Job(options, "prune", "k", {"mac_cut": 0.05, "round_to": 4}, {"student": SimpleNamespace(path=tmp_path, files={})}, digits, lambda: tmp_path, lambda names: 0, lambda text: None)
+    models.save(fresh(options, digits), tmp_path / WEIGHTS)
+    job = stages.Job(options, {"mac_cut": 0.05, "round_to": 4}, {"student": SimpleNamespace(path=tmp_path, files={})}, digits, lambda: tmp_path, lambda names: 0, lambda text: None)
     (tmp_path / "small").mkdir()
     draft = Draft(tmp_path / "small")
     stages.pruned(job, draft)

@@ -11,7 +11,7 @@ from portaisys import artifact, data, launch, recipes, spec
 from portaisys.cli import main
 from portaisys.registry import open_registry
 from portaisys.spec import SpecError, UserError
-from portaisys.tune import Trial
+from portaisys.trials import Trial
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "jobs/specs/digits.yaml"

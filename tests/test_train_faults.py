@@ -21,8 +21,8 @@ from portaisys import artifact, checkpoint, cluster, data, distributed, metrics,
 from portaisys.checkpoint import Writer
 from portaisys.data import Split
 from portaisys.distributed import Place
+from portaisys.fits import kept_notes
 from portaisys.spec import Stopped, UserError
-from portaisys.stages import kept_notes
 from portaisys.train import fit
 from portaisys.watch import Watch, Word, blame
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_train_checkpoint import Killed, killed_at
 
-from portaisys import checkpoint, launch, models, spec, stages
+from portaisys import checkpoint, fits, launch, models, spec
 from portaisys.data import Split
 from portaisys.data.sources import Table
 from portaisys.distributed import Place
@@ -340,9 +340,9 @@ def test_exact_tries_only_what_changes_no_bit_and_only_in_long_runs(digits, tmp_
 
 def test_a_micro_batch_is_searched_once_and_again_with_other_workers(digits, monkeypatch):
     asked, notes = [], []
-    monkeypatch.setattr(stages, "find_micro_batch", lambda *args, **kwargs: asked.append(args[1]) or 9)
+    monkeypatch.setattr(fits, "find_micro_batch", lambda *args, **kwargs: asked.append(args[1]) or 9)
     options = spec.Spec(name="n", train={"micro_batch": "auto"})
-    found = functools.partial(stages._with_micro_batch, options, digits, options.train)
+    found = functools.partial(fits._with_micro_batch, options, digits, options.train)
     assert found(Place(), {}, notes.append).micro_batch == 9 and len(asked) == 1
     left = {"world": 1, "settled": {"precision": "fp32", "speed": [], "micro_batch": 5}}
     assert found(Place(), left, notes.append).micro_batch == 5 and len(asked) == 1

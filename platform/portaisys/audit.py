@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from portaisys import artifact, data, evaluate, models, registry, spec, stages
+from portaisys import artifact, data, evaluate, models, registry, spec
 from portaisys.artifact import Artifact
 from portaisys.data import Splits
+from portaisys.determinism import threads
 from portaisys.engine import recalled
 from portaisys.engine.cache import Built, cache_of, get_or_build, load
 from portaisys.gate import Decision
@@ -27,6 +28,7 @@ from portaisys.judge import BASELINE, REFERENCE, VERIFIED_ROWS, Baseline, Logits
 from portaisys.launch import run_folder
 from portaisys.registry import Registry, Version
 from portaisys.spec import Spec, Storage, UserError
+from portaisys.weights import restore
 
 # Verdicts that stand in a row only where they failed.
 ONLY_FAILURES = ("soundness", "finite")
@@ -83,7 +85,7 @@ def audit(reference: str, storage: Storage, data_path: str = "", tell: Callable[
     tell("reading the data")
     splits = _same_rows(options, version, about)
     looks, differs = _looks(opened, about)
-    with stages.threads(options.engine.threads):
+    with threads(options.engine.threads):
         baseline, dense, said, notes = _baseline(options, splits, found, about, tell)
         lines = _lines(options, splits, found, about, storage, baseline, dense, looks, tell)
     differs += [text for line in lines for text in _differences(line)] + _registry_differs(version, lines)
@@ -128,7 +130,7 @@ def _baseline(
     weights, notes = _weights(run_folder(options), about["lineage"]["reference"])
     if weights:
         tell(f"the dense model answers {len(splits.test):,} test rows")
-        dense = models.predictor(stages.restore(options, splits, weights))
+        dense = models.predictor(restore(options, splits, weights))
         logits = evaluate.predict_rows(dense, splits.test.x, options.export.max_batch)
         baseline = Baseline(evaluate.answered(logits), logits)
         if kept and (others := int((kept.answers != baseline.answers).sum())):

@@ -1,4 +1,4 @@
-"""How far the operators of this process must give the same bits each time: `train.determinism`. Everything random is seeded in any case.
+"""How far the operators of this process must give the same bits each time (`train.determinism`), and on how many threads. Everything random is seeded in any case.
 
 The modes are torch's and of the whole process, so whoever owns the process sets them around the work and gets the old ones back.
 """
@@ -41,6 +41,17 @@ def determined(mode: str, note: Callable[[str], None]) -> Iterator[None]:
             if not (found := _NAMED.search(str(error))):
                 raise
             raise UserError(f"train.determinism: strict, and {found[1]} has no deterministic form on this device; take another layer in the model, or train.determinism=warn") from error
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads for torch's operators, for the time of the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -24,11 +24,14 @@ from portaisys import artifact, cluster, data, gate, metrics, models, report, sp
 from portaisys.artifact import Artifact
 from portaisys.compress.quantize import refuse_calibration
 from portaisys.data import Splits
+from portaisys.determinism import threads
 from portaisys.engine import TYPED, available, backend
+from portaisys.fits import FITS, Fit, batches, trace_file
 from portaisys.judge import BASELINE
 from portaisys.registry import Registry, Version, open_registry
 from portaisys.spec import Spec, UserError
-from portaisys.stages import FITS, STAGES, WEIGHTS, Fit, Job, batches, threads, trace_file
+from portaisys.stages import STAGES, Job
+from portaisys.weights import WEIGHTS
 
 _log = logging.getLogger(__name__)
 
@@ -337,7 +340,7 @@ def _one(
         str(work), str(_log_file(folder, stage.name, key)), f"{uri}.work/{key[:16]}" if options.storage.remote else "",
     )  # fmt: skip
     job = Job(
-        options, stage.kind, key, stage.options, parents, splits, train=partial(training.carry, options, fit, partial(tell, stage.name)),
+        options, stage.options, parents, splits, train=partial(training.carry, options, fit, partial(tell, stage.name)),
         looks=partial(_record_looks, registry, splits), tell=partial(tell, stage.name),
     )  # fmt: skip
     tell(stage.name)

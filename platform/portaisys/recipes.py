@@ -18,7 +18,8 @@ from portaisys import artifact, data, gate, launch, spec, tune
 from portaisys.launch import Tell
 from portaisys.registry import open_registry
 from portaisys.spec import Spec, UserError
-from portaisys.tune import Params, Problem, Trial
+from portaisys.trials import Choices, Params, Trial
+from portaisys.tune import Problem
 
 RECIPE = "recipe.yaml"
 CHOICE = "choice.json"
@@ -83,10 +84,10 @@ def problem_of(options: Spec) -> Problem:
     return Problem(base, {}, space(options), partial(values, options=options), options)
 
 
-def space(options: Spec) -> dict[str, tune.Choices]:
+def space(options: Spec) -> dict[str, Choices]:
     """By name what there is to choose from. No search is without the recipes that cost nothing to train."""
     epochs = options.train.epochs
-    found: dict[str, tune.Choices] = {
+    found: dict[str, Choices] = {
         "mac_cut": (0.0, 0.3, 0.5, 0.65, 0.8),
         "epochs": tuple(sorted({max(1, epochs // 4), max(1, epochs // 2)})),
         "rate": (0.2, 0.5),

@@ -16,9 +16,10 @@ from torch import nn
 
 from portaisys import data, distributed
 from portaisys.data import Splits
+from portaisys.fits import batches
 from portaisys.rows import Batches, Plan, shares_of_all, shuffled
 from portaisys.spec import Spec, Train, UserError
-from portaisys.stages import batches, fresh
+from portaisys.weights import fresh
 
 TRIED_ROWS = 256  # a worker's rows that are computed here at most; memory is reckoned up from them
 

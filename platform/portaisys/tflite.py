@@ -19,13 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from portaisys import artifact, data, evaluate, launch, stages
+from portaisys import artifact, data, evaluate, launch
 from portaisys.convert import Converted, held_against
 from portaisys.engine import Arrays, Tensor, check_feeds
 from portaisys.engine.cpu import device
 from portaisys.export import INPUT, OUTPUT
 from portaisys.models import predictor
 from portaisys.spec import Spec, UserError
+from portaisys.weights import restore
 
 ROWS = 32  # to hold the file against torch with
 
@@ -37,7 +38,7 @@ def of_run(options: Spec, path: Path) -> Converted:
     splits = data.load(options.data)
     smallest = [stage for stage in launch.plan(options) if stage.kind == "export"][-1].parents["model"]
     made = launch.produce(options, smallest, _finished_only, splits)
-    return to_tflite(stages.restore(options, splits, made.path), splits.calibration.x, path, source=f"{options.name}, stage {smallest}")
+    return to_tflite(restore(options, splits, made.path), splits.calibration.x, path, source=f"{options.name}, stage {smallest}")
 
 
 def _finished_only(stage: str, text: str = "", fraction: float | None = None, state: str = "running") -> None:

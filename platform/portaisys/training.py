@@ -23,10 +23,11 @@ import torch
 
 from portaisys import artifact, checkpoint, cluster, distributed, metrics, spec, store
 from portaisys.distributed import Place
+from portaisys.fits import NOTED, NOTES, RESTARTS, Fit, carry_out, kept_notes
 from portaisys.progress import Row, line
 from portaisys.spec import Spec, Stopped, UserError
-from portaisys.stages import NOTED, NOTES, RESTARTS, WEIGHTS, Fit, carry_out, kept_notes
 from portaisys.watch import notice
+from portaisys.weights import WEIGHTS
 
 _log = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client
 from ray.train.v2._internal.util import construct_user_exception_with_traceback
 
+from portaisys.fits import RESTARTS, keep_note
 from portaisys.spec import Stopped, UserError
-from portaisys.stages import RESTARTS, keep_note
 from portaisys.watch import Hung, Watch, listen
 
 _GRACE_S = 60.0  # that Ray has for ending a hung process, which otherwise ends itself
