@@ -70,7 +70,6 @@ class Stats:
     batches: int = 0
     samples: int = 0
     requests: int = 0
-    failed_batches: int = 0
     failed_requests: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
     decode_s: float = 0.0
@@ -87,7 +86,6 @@ class Stats:
         self.batches += 1
         self.samples += record.samples
         self.requests += record.requests
-        self.failed_batches += record.failed
         self.failed_requests += record.requests * record.failed
         self.decode_s += record.decode_sum_s
         self.queue_s += record.queue_sum_s
