@@ -17,9 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from portaisys import artifact, registry
+from portaisys import artifact
 from portaisys.engine import Arrays, Engine, Options, Tensor, recalled, verify
 from portaisys.engine.cache import Cache, cache_of, get_or_build, load
+from portaisys.fetch import fetch
+from portaisys.registry import Version
 from portaisys.serve.answers import Answers, Recall
 from portaisys.serve.batcher import Batcher, BatchRecord, Outputs
 from portaisys.serve.ladder import Ladder, rungs_from
@@ -180,7 +182,7 @@ def open_reference(
 
     Raises UserError for an unknown reference, a damaged copy, or when no admitted precision holds here.
     """
-    fetched = registry.fetch(reference, storage, storage.cache_dir)
+    fetched = fetch(reference, storage, storage.cache_dir)
     number = str(fetched.version.version)
     version = fetched.version
     if version.verdict != "pass":
@@ -195,7 +197,7 @@ def open_reference(
 class Opened:
     """A version's best engine alone, for use without a server. `batch`: rows a call, AS_IS where the inputs share no batch; `golden`: its sample inputs."""
 
-    version: registry.Version
+    version: Version
     engine: Engine
     batch: int
     files: Mapping[str, Path]
@@ -206,7 +208,7 @@ class Opened:
 
 def open_engine(reference: str, storage: Storage, limits: Limits) -> Opened:
     """Fetch "NAME@VERSION" and open its best precision that holds here. Raises UserError as `open_reference` does."""
-    fetched = registry.fetch(reference, storage, storage.cache_dir)
+    fetched = fetch(reference, storage, storage.cache_dir)
     found = _verified(fetched.path, fetched.version.digest)
     about = json.loads(found.file("version.json").read_text())
     engine, fallbacks = _first_that_holds(found, about, cache_of(storage), limits)
