@@ -26,7 +26,7 @@ from tritonclient.http import InferenceServerClient as HttpClient
 from tritonclient.http import InferInput as HttpInput
 from tritonclient.utils import InferenceServerException
 
-from portaisys.serve import protocol
+from portaisys.serve import codec
 from portaisys.serve.core import Core, Listen
 from portaisys.serve.grpc import HEALTH, SERVICE, STREAM_WAITING, message
 from portaisys.serve.model import BlockedError
@@ -227,7 +227,7 @@ def test_statistics_count_samples_batches_and_nanoseconds() -> None:
             assert stats.inference_stats.compute_infer.ns > 0 and stats.last_inference > 1e12
 
 
-DATATYPES = {name: protocol._DATATYPES[name].name for name in Every.TYPES}
+DATATYPES = {name: codec.DATATYPES[name].name for name in Every.TYPES}
 FIELDS = {"bool": "bool_contents", "int64": "int64_contents", "uint64": "uint64_contents", "float32": "fp32_contents", "float64": "fp64_contents"}
 
 
@@ -538,7 +538,7 @@ def test_what_is_not_offered_is_unimplemented_and_too_much_is_exhausted(server: 
         client.get_system_shared_memory_status()
     assert caught.value.status() == "StatusCode.UNIMPLEMENTED"
     assert refused(server, b"", "/no/such")[0] == Code.UNIMPLEMENTED
-    code, details = refused(server, b"\0" * (protocol.MAX_BODY_BYTES + 1))
+    code, details = refused(server, b"\0" * (codec.MAX_BODY_BYTES + 1))
     assert code == Code.RESOURCE_EXHAUSTED and "larger than max" in details
     right(X, infer(client, X))
 

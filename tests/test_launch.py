@@ -18,7 +18,8 @@ from test_report import CHROMIUM, measured, screenshot
 
 from portaisys import artifact, launch, metrics, spec
 from portaisys.cli import main
-from portaisys.registry import fetch, open_registry
+from portaisys.fetch import fetch
+from portaisys.registry import open_registry
 from portaisys.spec import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 
 from portaisys.engine import Tensor
-from portaisys.serve import protocol
+from portaisys.serve import codec, protocol
 from portaisys.serve.batcher import Batcher
 from portaisys.serve.model import ServedModel
 from portaisys.serve.repository import of_models
@@ -212,7 +212,7 @@ def test_every_datatype_survives_both_ways(binary: bool) -> None:
     inputs, blobs = [], b""
     for tensor in Every.inputs:
         values = np.array([[0, 1, 1]]).astype(tensor.dtype) if tensor.dtype == "bool" else np.array([[0, 1, 100]]).astype(tensor.dtype)
-        entry: dict[str, Any] = {"name": tensor.name, "shape": [1, 3], "datatype": protocol._DATATYPES[tensor.dtype].name}
+        entry: dict[str, Any] = {"name": tensor.name, "shape": [1, 3], "datatype": codec.DATATYPES[tensor.dtype].name}
         if binary or tensor.dtype == "float16":
             entry["parameters"] = {"binary_data_size": values.nbytes}
             blobs += values.tobytes()
@@ -321,7 +321,7 @@ def test_binary_framing_that_does_not_add_up_is_400(server: Server, what: str, s
 
 def test_inputs_of_different_batch_are_400() -> None:
     server = Server(Every())
-    inputs = [{"name": t.name, "shape": [1 + (t.name == "int8"), 1], "datatype": protocol._DATATYPES[t.dtype].name} for t in Every.inputs]
+    inputs = [{"name": t.name, "shape": [1 + (t.name == "int8"), 1], "datatype": codec.DATATYPES[t.dtype].name} for t in Every.inputs]
     sizes = [np.dtype(t.dtype).itemsize * (1 + (t.name == "int8")) for t in Every.inputs]
     entries = [{**entry, "parameters": {"binary_data_size": size}} for entry, size in zip(inputs, sizes, strict=True)]
     assert "batch" in says(post(server, {"inputs": entries}, b"\0" * sum(sizes)), 400)
@@ -331,8 +331,8 @@ def test_inputs_of_different_batch_are_400() -> None:
 
 def test_a_bool_byte_of_two_is_400() -> None:
     tensor = (Tensor("b", "bool", (-1, 1)),)
-    with pytest.raises(protocol.RefusedError, match="0 or 1"):
-        protocol.decode({HEADER.lower(): "0"}, b"\x02", tensor, tensor)
+    with pytest.raises(codec.RefusedError, match="0 or 1"):
+        codec.decode({HEADER.lower(): "0"}, b"\x02", tensor, tensor)
 
 
 @pytest.mark.parametrize("name", ["gzip", "deflate"])
@@ -341,7 +341,7 @@ def test_compressed_bodies_that_lie_are_4xx_and_cheap(server: Server, name: str)
     good = pack(json.dumps(valid()).encode())
     encoding = {"Content-Encoding": name}
     assert server(INFER, good, encoding).status == 200
-    bomb = pack(b" " * (protocol.MAX_BODY_BYTES * 4))
+    bomb = pack(b" " * (codec.MAX_BODY_BYTES * 4))
     started = time.monotonic()
     assert "uncompressed" in says(server(INFER, bomb, encoding), 413)
     assert time.monotonic() - started < 5 and len(bomb) < 2 << 20
@@ -351,8 +351,8 @@ def test_compressed_bodies_that_lie_are_4xx_and_cheap(server: Server, name: str)
 
 
 def test_a_body_or_json_above_the_limit_is_413(server: Server) -> None:
-    says(server(INFER, bytes(protocol.MAX_BODY_BYTES + 1)), 413)
-    assert "binary" in says(server(INFER, b" " * (protocol.MAX_JSON_BYTES + 1)), 413)
+    says(server(INFER, bytes(codec.MAX_BODY_BYTES + 1)), 413)
+    assert "binary" in says(server(INFER, b" " * (codec.MAX_JSON_BYTES + 1)), 413)
 
 
 def test_an_answer_json_cannot_carry_is_refused_with_the_way_out(server: Server) -> None:

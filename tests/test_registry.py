@@ -22,6 +22,7 @@ import pytest
 from conftest import until
 
 from portaisys import artifact, registry, spec
+from portaisys.fetch import fetch
 from portaisys.spec import Storage, UserError
 
 PASS = {"action": "pass", "because": "within the margin"}
@@ -222,7 +223,7 @@ BAD_NAMES = ["../x", "%2e%2e", "a/b", "a\0b", "a\n", "a" * 64, "a" * 10_000, "d\
 def test_a_name_that_could_be_a_path_is_refused_before_anything_happens(storage, tmp_path, name):
     for reference in (f"{name}@production", f"demo@{name}"):
         with pytest.raises(UserError, match=r"^(name|alias) ") as refused:
-            registry.fetch(reference, storage, tmp_path / "copies")
+            fetch(reference, storage, tmp_path / "copies")
         assert len(str(refused.value)) < 300
     assert not (tmp_path / "copies").exists()
 
@@ -242,10 +243,10 @@ def test_every_verb_refuses_a_bad_name(local, tmp_path, name):
 
 def test_a_fetched_version_is_the_one_published_and_is_kept(local, storage, tmp_path):
     version = publish(local, tmp_path)
-    fetched = registry.fetch("demo@candidate", storage, tmp_path / "copies")
+    fetched = fetch("demo@candidate", storage, tmp_path / "copies")
     assert (fetched.version, fetched.from_cache, fetched.note) == (version, False, "")
     assert artifact.read(fetched.path, verify=True).scores == {"accuracy": 0.9}
-    again = registry.fetch("demo@1", storage, tmp_path / "copies")
+    again = fetch("demo@1", storage, tmp_path / "copies")
     assert (again.path, again.from_cache, again.note) == (fetched.path, True, "")
     assert stat.S_IMODE((tmp_path / "copies" / "versions").stat().st_mode) == 0o700
 
@@ -253,7 +254,7 @@ def test_a_fetched_version_is_the_one_published_and_is_kept(local, storage, tmp_
 def test_one_replica_downloads_and_the_others_wait_for_it(local, storage, tmp_path):
     publish(local, tmp_path)
     with ThreadPoolExecutor(4) as pool:
-        fetched = list(pool.map(lambda _: registry.fetch("demo@candidate", storage, tmp_path / "copies"), range(4)))
+        fetched = list(pool.map(lambda _: fetch("demo@candidate", storage, tmp_path / "copies"), range(4)))
     assert sorted(one.from_cache for one in fetched) == [False, True, True, True]
 
 
@@ -264,7 +265,7 @@ def stored(storage, version, name):
 def test_a_file_changed_in_the_registry_is_not_served(local, storage, tmp_path):
     stored(storage, publish(local, tmp_path), "fp32.onnx").write_bytes(b"malicious")
     with pytest.raises(UserError, match=r"fp32\.onnx differs from its manifest"):
-        registry.fetch("demo@candidate", storage, tmp_path / "copies")
+        fetch("demo@candidate", storage, tmp_path / "copies")
     assert not list((tmp_path / "copies").glob("*/*manifest*")) and not list((tmp_path / "copies").glob("versions/[!.]*"))
 
 
@@ -274,21 +275,21 @@ def test_a_file_changed_together_with_its_manifest_is_not_served(local, storage,
     for name in ("fp32.onnx", "version.json", "manifest.json"):
         shutil.copy(other / name, stored(storage, version, name))
     with pytest.raises(UserError, match=r"demo@1: the files .* are not the ones published"):
-        registry.fetch("demo@candidate", storage, tmp_path / "copies")
+        fetch("demo@candidate", storage, tmp_path / "copies")
 
 
 def test_scores_changed_in_the_manifest_are_not_believed(local, storage, tmp_path):
     manifest = stored(storage, publish(local, tmp_path), "manifest.json")
     manifest.write_text(manifest.read_text().replace("0.9", "1.0"))
     with pytest.raises(UserError, match=r"are not the ones published"):
-        registry.fetch("demo@candidate", storage, tmp_path / "copies")
+        fetch("demo@candidate", storage, tmp_path / "copies")
 
 
 def test_a_damaged_local_copy_is_fetched_again(local, storage, tmp_path, caplog):
     publish(local, tmp_path)
-    path = registry.fetch("demo@candidate", storage, tmp_path / "copies").path
+    path = fetch("demo@candidate", storage, tmp_path / "copies").path
     (path / "fp32.onnx").write_bytes(b"damaged")
-    again = registry.fetch("demo@candidate", storage, tmp_path / "copies")
+    again = fetch("demo@candidate", storage, tmp_path / "copies")
     assert not again.from_cache
     assert artifact.read(again.path, verify=True).digest == again.version.digest
     assert "the local copy is not what was published" in caplog.text
@@ -296,10 +297,10 @@ def test_a_damaged_local_copy_is_fetched_again(local, storage, tmp_path, caplog)
 
 def test_a_registry_that_is_gone_is_replaced_by_the_local_copy_and_this_is_said(local, storage, tmp_path, caplog):
     version = publish(local, tmp_path)
-    registry.fetch("demo@candidate", storage, tmp_path / "copies")
+    fetch("demo@candidate", storage, tmp_path / "copies")
     Path(storage.path).rename(tmp_path / "moved")
-    with caplog.at_level(logging.WARNING, logger="portaisys.registry"):
-        fetched = registry.fetch("demo@candidate", storage, tmp_path / "copies")
+    with caplog.at_level(logging.WARNING, logger="portaisys.fetch"):
+        fetched = fetch("demo@candidate", storage, tmp_path / "copies")
     assert (fetched.version, fetched.from_cache) == (version, True)
     assert "no registry at" in fetched.note and "Using the local copy of demo@1" in fetched.note
     assert fetched.note in caplog.text
@@ -308,22 +309,22 @@ def test_a_registry_that_is_gone_is_replaced_by_the_local_copy_and_this_is_said(
 
 def test_without_registry_a_damaged_or_missing_copy_is_an_error(local, storage, tmp_path):
     publish(local, tmp_path)
-    path = registry.fetch("demo@candidate", storage, tmp_path / "copies").path
+    path = fetch("demo@candidate", storage, tmp_path / "copies").path
     Path(storage.path).rename(tmp_path / "moved")
     with pytest.raises(UserError, match=r"demo@1: .*no registry at .*there is no local copy"):
-        registry.fetch("demo@1", storage, tmp_path / "copies")
+        fetch("demo@1", storage, tmp_path / "copies")
     (path / "fp32.onnx").write_bytes(b"malicious")
     with pytest.raises(UserError, match=r"the local copy of demo@1 is gone or damaged"):
-        registry.fetch("demo@candidate", storage, tmp_path / "copies")
+        fetch("demo@candidate", storage, tmp_path / "copies")
 
 
 def test_a_damaged_database_counts_as_a_registry_that_does_not_answer(local, storage, tmp_path):
     publish(local, tmp_path)
-    registry.fetch("demo@candidate", storage, tmp_path / "copies")
+    fetch("demo@candidate", storage, tmp_path / "copies")
     other = Storage(path=str(tmp_path / "other"))
     Path(other.path).mkdir()
     (Path(other.path) / "mlflow.db").write_bytes(b"not a database" * 1000)
-    assert "Using the local copy" in registry.fetch("demo@candidate", other, tmp_path / "copies").note
+    assert "Using the local copy" in fetch("demo@candidate", other, tmp_path / "copies").note
 
 
 # --- the ledger ---------------------------------------------------------------------------------------------------
@@ -486,7 +487,7 @@ def test_a_server_takes_a_version_from_publication_to_rollback(server, tmp_path)
     for content in "12":
         remote.promote("life", publish(remote, tmp_path, content, name="life").version, because="better")
     assert remote.rollback("life", because="worse").version == 1
-    fetched = registry.fetch("life@production", storage, tmp_path / "copies")
+    fetched = fetch("life@production", storage, tmp_path / "copies")
     assert (fetched.version.version, fetched.from_cache) == (1, False)
     with pytest.raises(UserError, match=r"has no alias 'nope'; it has candidate, production"):
         remote.resolve("life@nope")
@@ -524,15 +525,15 @@ def test_publishers_that_share_no_lock_make_one_version_an_artifact(server, tmp_
 def test_serving_starts_from_its_copy_when_the_server_dies(server, tmp_path, caplog):
     storage = Storage(path=str(tmp_path / "runs"), cache=str(tmp_path / "cache"))
     version = publish(registry.open_registry(storage), tmp_path, "dying", name="dying")
-    registry.fetch("dying@candidate", storage, tmp_path / "copies")
+    fetch("dying@candidate", storage, tmp_path / "copies")
     server.kill()
     started = time.monotonic()
-    fetched = registry.fetch("dying@candidate", storage, tmp_path / "copies")
+    fetched = fetch("dying@candidate", storage, tmp_path / "copies")
     assert time.monotonic() - started < 20
     assert (fetched.version, fetched.from_cache) == (version, True)
     assert "not reachable" in fetched.note and fetched.note in caplog.text
     with pytest.raises(UserError, match=r"dying@1: .*not reachable.*there is no local copy"):
-        registry.fetch("dying@1", storage, tmp_path / "copies")
+        fetch("dying@1", storage, tmp_path / "copies")
 
 
 def test_a_password_in_the_address_is_not_repeated(monkeypatch, tmp_path):

@@ -84,7 +84,7 @@ def test_what_ran_is_counted_in_batches_and_samples(tmp_path: Path) -> None:
         model = opened(make_version(tmp_path / "v", tmp_path), tmp_path)
         await model.infer({"x": np.zeros((20, 8, 8), np.float32)})
         await model.close()
-        assert (model.stats.batches, model.stats.samples, model.stats.failed_batches) == (3, 20, 0) and model.stats.engine_s > 0
+        assert (model.stats.batches, model.stats.samples, model.stats.failed_requests) == (3, 20, 0) and model.stats.engine_s > 0
 
     asyncio.run(ask())
 

@@ -17,16 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from portaisys import artifact, data, evaluate, models, registry, spec
+from portaisys import artifact, data, evaluate, models, spec
 from portaisys.artifact import Artifact
 from portaisys.data import Splits
 from portaisys.determinism import threads
 from portaisys.engine import recalled
 from portaisys.engine.cache import Built, cache_of, get_or_build, load
+from portaisys.fetch import fetch
 from portaisys.gate import Decision
 from portaisys.judge import BASELINE, REFERENCE, VERIFIED_ROWS, Baseline, Logits, baseline_of, quality, run_of, timed, unsound_at
 from portaisys.launch import run_folder
-from portaisys.registry import Registry, Version
+from portaisys.registry import Registry, Version, open_registry
 from portaisys.spec import Spec, Storage, UserError
 from portaisys.weights import restore
 
@@ -73,14 +74,14 @@ def audit(reference: str, storage: Storage, data_path: str = "", tell: Callable[
     Raises UserError for a version that cannot be audited: unknown, damaged, of other data, or without anything to hold it against.
     """
     tell(f"fetching {reference}, hashing its files")
-    fetched = registry.fetch(reference, storage, storage.cache_dir)
+    fetched = fetch(reference, storage, storage.cache_dir)
     version, found = fetched.version, artifact.read(fetched.path, verify=True)
     about = json.loads(found.file("version.json").read_text())
     if not {"test", "reference"} <= about["lineage"].keys():
         raise UserError(f"{version}: was made without a test split (portaisys compile), so there is no verdict to reach again")
     if version.lineage.get("test") != about["lineage"]["test"]:
         raise UserError(f"{version}: the registry's lineage and the version's own name different test splits; one of the two was changed")
-    opened = registry.open_registry(storage, create=False)
+    opened = open_registry(storage, create=False)
     options = _spec(opened, version, storage, data_path)
     tell("reading the data")
     splits = _same_rows(options, version, about)

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from portaisys import artifact, registry
+from portaisys import artifact
 from portaisys.engine import Arrays, Engine, Tensor, tensorflow, verify
+from portaisys.fetch import fetch
 from portaisys.spec import Storage, UserError
 
 
@@ -40,7 +41,7 @@ class Converted:
 
 def saved_model(reference: str, storage: Storage, folder: Path) -> Converted:
     """The SavedModel of "NAME@VERSION" in `folder`. Raises UserError for an unknown version, one that cannot be converted, or wrong answers, and then leaves `folder` as it was."""
-    fetched = registry.fetch(reference, storage, storage.cache_dir)
+    fetched = fetch(reference, storage, storage.cache_dir)
     found = artifact.read(fetched.path)
     about = json.loads(found.file("version.json").read_text())
     golden, batches = artifact.read_arrays(found.file("golden.npz")), _batches(about)

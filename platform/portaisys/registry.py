@@ -5,9 +5,7 @@ imported, so `import portaisys.registry` (every CLI verb, every process of a ser
 Knows folders with a manifest (portaisys.artifact), not what their files mean; a verdict is a word with a reason, passed or not.
 
 The ledger is a registered model, `portaisys-ledger`, whose versions are the entries: creating a version is the one call of MLflow that
-any server numbers atomically, so entries have a total order without a lock. Each entry carries the SHA-256 of the one before it. Two
-writers that read the same end of the chain both get a number; the lower one stands, the other sees that it does not and writes again.
-The chain has no key: it shows changes and removals, not a rewrite of its whole tail; who fears that notes `verify_ledger()` elsewhere.
+any server numbers atomically, so entries have a total order without a lock. What chains them is ledger.py's.
 """
 
 from __future__ import annotations
@@ -26,13 +24,14 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from portaisys import artifact
+from portaisys import artifact, ledger
+from portaisys.ledger import Entry, Row
 from portaisys.spec import Storage, UserError
 from portaisys.spec import digest as value_digest
 
@@ -41,10 +40,9 @@ CANDIDATE = "candidate"
 PRODUCTION = "production"
 SPEC = "spec.json"  # of a run, beside its parameters
 
-_log = logging.getLogger(__name__)
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _NUMBER = re.compile(r"[0-9]{1,9}")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+DIGEST = re.compile(r"[0-9a-f]{64}")
 _LOCK_S = 120.0
 # MLflow's answers, as against silence: anything else it raises means that the registry could not be asked.
 _ANSWERS = {
@@ -63,8 +61,6 @@ _SETTINGS = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 _NOISY = ("mlflow.store.db.utils", "mlflow.utils.git_utils", "mlflow.tracking", "alembic")
-
-
 _TRAFFIC = "portaisys.traffic"
 
 
@@ -96,31 +92,6 @@ class Version:
 
     def __str__(self) -> str:
         return f"{self.name}@{self.version}"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A line of the ledger. `previous`: SHA-256 of the line before, empty for the first; `nonce` tells equal events apart."""
-
-    event: str
-    name: str
-    version: int | None
-    who: str
-    when: str
-    because: str
-    details: Mapping[str, Any]
-    previous: str
-    nonce: str
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """A verified local copy. `from_cache`: nothing was downloaded; `note`: why the registry was not asked, empty when it was."""
-
-    version: Version
-    path: Path
-    from_cache: bool
-    note: str
 
 
 # --- opening ------------------------------------------------------------------------------------------------------
@@ -199,8 +170,8 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 80 else f"{text[:77]}...")
 
 
-def _split(reference: str) -> tuple[str, str]:
-    """NAME and alias-or-number of a reference, both fit for a path."""
+def split_reference(reference: str) -> tuple[str, str]:
+    """NAME and alias-or-number of a reference, both fit for a path. Raises UserError for any other."""
     name, at, rest = reference.partition("@")
     if not at:
         raise UserError(f"reference {_short(reference)}: says neither alias nor version; write NAME@{PRODUCTION} or NAME@3")
@@ -216,7 +187,7 @@ class Registry:
     def __init__(self, uri: str, artifacts: str, lock: Path) -> None:
         self.uri, self.artifacts = uri, artifacts
         self._lock = FileLock(lock, timeout=_LOCK_S)
-        self._read: dict[int, _Row] = {}
+        self._read: dict[int, Row] = {}
 
     @functools.cached_property
     def client(self) -> Any:
@@ -379,7 +350,7 @@ class Registry:
         """Put back the version that was in production before. Raises UserError when there was none."""
         with self.alone():
             now = self._aliases(_checked(name, "name")).get(PRODUCTION)
-            before = _before(self.ledger(name), now)
+            before = ledger.version_before(self.ledger(name), now)
             if before is None:
                 raise UserError(f"{name}: no version was in production before {now or 'now'}; promote the one you want")
             return self._put_in_production("rollback", self.resolve(f"{name}@{before}"), because)
@@ -418,7 +389,7 @@ class Registry:
 
     def resolve(self, reference: str) -> Version:
         """The version of "NAME@ALIAS" or "NAME@3". Raises UserError, listing what there is."""
-        name, rest = _split(reference)
+        name, rest = split_reference(reference)
         aliases = self._aliases(name)
         number = int(rest) if _NUMBER.fullmatch(rest) else aliases.get(rest)
         if number is None:
@@ -448,7 +419,7 @@ class Registry:
 
     def of_digest(self, name: str, digest: str) -> Version | None:
         """The version of `name` that holds this artifact, or None."""
-        if not _DIGEST.fullmatch(digest):
+        if not DIGEST.fullmatch(digest):
             raise UserError(f"digest {_short(digest)}: write the 64 hex digits of a SHA-256")
         with self.asking(f"looking for an artifact of {name}"):
             found = self.client.search_model_versions(f"name = '{_checked(name, 'name')}' and tags.digest = '{digest}'")
@@ -468,35 +439,24 @@ class Registry:
             return _version(self.client.get_model_version(name, str(number)))
 
     def download(self, version: Version, folder: Path) -> Path:
-        """Bring a version's files below `folder`; returns where, checked. Raises UserError when one differs from what was published."""
+        """Bring a version's files below `folder`; returns where. Not checked: a store may hand out others than were published."""
         with self.asking(f"downloading {version}"):
-            came = Path(self.client.download_artifacts(version.run_id, _inside_run(version.digest), str(folder)))
-        _check_copy(came, version)
-        return came
+            return Path(self.client.download_artifacts(version.run_id, _inside_run(version.digest), str(folder)))
 
     # --- the ledger
 
     def ledger(self, name: str | None = None) -> list[Entry]:
         """The entries, oldest first; only those of `name` when given."""
-        chain = _chain(self._rows())
-        return [entry for _, entry in chain.entries if name in (None, entry.name)]
+        return [entry for _, entry in ledger.chain_of(self._rows()).entries if name in (None, entry.name)]
 
     def verify_ledger(self) -> str:
         """Check the chain; returns the hash of its last entry. Raises UserError naming every changed or missing entry."""
-        rows = self._rows(afresh=True)
-        chain = _chain(rows)
-        problems = [*chain.problems, *_gaps([number for number, _, _ in rows])]
-        hashes = [sha for sha, _ in chain.entries]
-        if (head := self._head()) and head not in hashes:
-            problems.append("its last entry was removed")
-        if problems:
-            raise UserError(f"ledger: {'; '.join(problems)}. Compare it with a backup of the registry's database")
-        return hashes[-1] if hashes else ""
+        return ledger.verified(self._rows(afresh=True), self._head())
 
     def record_looks(self, test_digest: str, candidates: Sequence[str]) -> int:
         """Record that `candidates` (digests) were scored on a test split; returns how many distinct ones ever were, these included."""
         with self.alone():
-            seen = _looked(self.ledger(test_digest))
+            seen = ledger.looked(self.ledger(test_digest))
             new = [digest for digest in dict.fromkeys(candidates) if digest not in seen]
             reused = [digest for digest in dict.fromkeys(candidates) if digest in seen]
             self._record("look", test_digest, None, "", {"candidates": new, "reused": reused})
@@ -504,41 +464,35 @@ class Registry:
 
     def looks(self, test_digest: str) -> int:
         """How many distinct candidates were ever scored on a test split."""
-        return len(_looked(self.ledger(test_digest)))
+        return len(ledger.looked(self.ledger(test_digest)))
 
     def looks_of(self, test_digest: str, digests: Sequence[str]) -> tuple[int, ...]:
-        """The counts that looks at a test split had come to when these candidates took them together: one each time they were judged.
-
-        `digests`: those that never looked (data, weights, verdicts) are passed over, as are precisions written behind a candidate's digest.
-        """
-        entries = [entry for entry in self.ledger(test_digest) if entry.event == "look"]
-        each = [{digest.partition(" ")[0] for digest in _looked([entry])} for entry in entries]
-        mine = {*digests} & {digest for found in each for digest in found}
-        return tuple(len(_looked(entries[: index + 1])) for index, found in enumerate(each) if mine and mine <= found)
+        """The counts that looks at a test split had come to when these candidates took them together: one each time they were judged."""
+        return ledger.looks_of(self.ledger(test_digest), digests)
 
     def _record(self, event: str, name: str, version: int | None, because: str, details: Mapping[str, Any]) -> None:
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         with self.alone():
             for _ in range(20):  # every lost race means that another writer's entry stands, so this ends
-                hashes = [sha for sha, _ in _chain(self._rows()).entries]
-                entry = Entry(event, name, version, _who(), when, because, details, hashes[-1] if hashes else "", uuid.uuid4().hex)
-                if self._append(json.dumps(asdict(entry), sort_keys=True)):
+                end = ledger.chain_of(self._rows()).end
+                if self._append(Entry(event, name, version, _who(), when, because, details, end, uuid.uuid4().hex)):
                     return
         raise UserError("ledger: twenty attempts to append were overtaken by other writers; try again")
 
-    def _append(self, text: str) -> bool:
+    def _append(self, entry: Entry) -> bool:
         """Add an entry; False when another writer was faster, so that this one does not stand."""
-        sha = hashlib.sha256(text.encode()).hexdigest()
+        text = ledger.text_of(entry)
+        sha = ledger.sha256(text)
         with self.asking("writing the ledger"):
             with _unless("RESOURCE_ALREADY_EXISTS", self, "writing the ledger"):
                 self.client.create_registered_model(LEDGER, description="Append-only record kept by portaisys; each version is an entry.")
             self.client.create_model_version(LEDGER, "portaisys:/ledger", tags={"entry": text, "sha256": sha}, await_creation_for=None)
-            stands = sha in [kept for kept, _ in _chain(self._rows()).entries]
+            stands = sha in ledger.chain_of(self._rows()).hashes
             if stands:
                 self.client.set_registered_model_tag(LEDGER, "head", sha)
         return stands
 
-    def _rows(self, *, afresh: bool = False) -> list[_Row]:
+    def _rows(self, *, afresh: bool = False) -> list[Row]:
         """All entries by number; only those newer than what was read before are asked for, unless `afresh`."""
         last = 0 if afresh else max(self._read, default=0)
         with self.asking("reading the ledger"):
@@ -571,7 +525,7 @@ def _unless(code: str, registry: Registry, what: str) -> Iterator[None]:
 
 def _version(item: Any) -> Version:
     tags = item.tags
-    if not _DIGEST.fullmatch(tags.get("digest", "")):
+    if not DIGEST.fullmatch(tags.get("digest", "")):
         raise UserError(f"{item.name}@{item.version}: was not published by portaisys (it has no digest); publish it with portaisys")
     lineage = {key.removeprefix("lineage."): value for key, value in tags.items() if key.startswith("lineage.")}
     return Version(
@@ -595,63 +549,6 @@ def _pages(search: Any, **query: Any) -> list[Any]:
 
 
 # --- plain values -------------------------------------------------------------------------------------------------
-
-_Row = tuple[int, str, str]  # number, text of the entry, its SHA-256 as written
-
-
-@dataclass
-class _Chain:
-    entries: list[tuple[str, Entry]] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-
-def _chain(rows: Sequence[_Row]) -> _Chain:
-    """The entries that stand, in order. One that follows an older entry than the last lost a race and does not stand."""
-    chain = _Chain()
-    last, known = "", {""}
-    for number, text, sha in rows:
-        entry = _entry(text)
-        if entry is None:
-            chain.problems.append(f"entry {number} is not readable")
-            continue
-        if entry.previous != last and entry.previous in known:
-            continue
-        if entry.previous != last:
-            chain.problems.append(f"the entry before {number} was changed or removed")
-        if hashlib.sha256(text.encode()).hexdigest() != sha:
-            chain.problems.append(f"entry {number} was changed")
-        chain.entries.append((sha, entry))
-        last = sha
-        known.add(sha)
-    return chain
-
-
-def _entry(text: str) -> Entry | None:
-    try:
-        return Entry(**json.loads(text))
-    except (ValueError, TypeError):
-        return None
-
-
-def _gaps(numbers: Sequence[int]) -> list[str]:
-    return [f"entry {number} was removed" for number in sorted(set(range(1, max(numbers, default=0) + 1)) - set(numbers))]
-
-
-def _before(entries: Sequence[Entry], now: int | None) -> int | None:
-    """The version that was in production before `now`. A rollback steps down the pile of promotions, it does not add to it."""
-    pile: list[int] = []
-    for entry in entries:
-        if entry.event == "promote" and entry.version is not None:
-            pile.append(entry.version)
-        while entry.event == "rollback" and entry.version in pile and pile[-1] != entry.version:
-            pile.pop()
-    while now in pile and pile.pop() != now:
-        pass
-    return pile[-1] if pile else None
-
-
-def _looked(entries: Sequence[Entry]) -> set[str]:
-    return {digest for entry in entries if entry.event == "look" for key in ("candidates", "reused") for digest in entry.details[key]}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -687,69 +584,3 @@ def _no_password(text: str) -> str:
 
 def _cause(error: Exception) -> str:
     return _no_password((str(error) or type(error).__name__).splitlines()[0][:300])
-
-
-# --- fetching -----------------------------------------------------------------------------------------------------
-
-
-def fetch(reference: str, storage: Storage, cache_dir: Path) -> Fetched:
-    """A verified local copy of "NAME@ALIAS" or "NAME@3" in `<cache_dir>/versions/<digest>/`, made once a host.
-
-    When the registry does not answer, the copy that `reference` last meant here is used, with a warning and a note.
-    Raises UserError for an unknown reference, a copy that differs from what was published, or no registry and no copy.
-    """
-    name, rest = _split(reference)
-    for folder in (cache_dir, cache_dir / "versions", cache_dir / "references"):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    memo = cache_dir / "references" / f"{name}@{rest}.json"
-    try:
-        registry = open_registry(storage, create=False)
-        version = registry.resolve(reference)
-        fetched = _copy(registry, version, cache_dir)
-    except UnreachableError as error:
-        return _last_copy(reference, memo, cache_dir, error)
-    for meant in {rest, *version.aliases}:  # asked for by number, it is still what its aliases mean while the registry is down
-        with contextlib.suppress(UserError):  # another tool's alias may be no name of ours, nor of a file
-            artifact.write_text(memo.with_name(f"{name}@{_checked(meant, 'alias')}.json"), json.dumps(asdict(version), indent=1))
-    return fetched
-
-
-def _copy(registry: Registry, version: Version, cache_dir: Path) -> Fetched:
-    folder = cache_dir / "versions" / version.digest
-    with FileLock(cache_dir / "versions" / f".{version.digest}.lock", timeout=600):  # replicas of one host start together
-        if _is_good_copy(folder, version):
-            return Fetched(version, folder, True, "")
-        with tempfile.TemporaryDirectory(prefix=f".{version.digest}.", dir=folder.parent) as draft:
-            artifact.replace(registry.download(version, Path(draft)), folder)
-    return Fetched(version, folder, False, "")
-
-
-def _last_copy(reference: str, memo: Path, cache_dir: Path, cause: UnreachableError) -> Fetched:
-    try:
-        known = json.loads(memo.read_text())
-        version = Version(**{**known, "aliases": tuple(known["aliases"])})
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
-        raise UserError(f"{reference}: {cause}; and there is no local copy in {cache_dir}") from None
-    folder = cache_dir / "versions" / version.digest
-    if not _DIGEST.fullmatch(version.digest) or not _is_good_copy(folder, version):
-        raise UserError(f"{reference}: {cause}; and the local copy of {version} is gone or damaged") from None
-    note = f"{reference}: {cause}. Using the local copy of {version}, which {reference} meant when the registry last answered"
-    _log.warning(note)
-    return Fetched(version, folder, True, note)
-
-
-def _is_good_copy(folder: Path, version: Version) -> bool:
-    if not folder.exists():
-        return False
-    try:
-        _check_copy(folder, version)
-    except UserError as error:
-        _log.warning("%s: the local copy is not what was published and is not used: %s", version, error)
-        return False
-    return True
-
-
-def _check_copy(folder: Path, version: Version) -> None:
-    found = artifact.read(folder, verify=True)
-    if found.digest != version.digest or artifact.hash_file(folder / artifact.MANIFEST) != version.manifest:
-        raise UserError(f"{version}: the files in {folder} are not the ones published; publish it again from a good copy")

@@ -20,8 +20,8 @@ from portaisys.data import Splits
 from portaisys.engine import options_of
 from portaisys.engine.cache import cache_of, get_or_build, load
 from portaisys.export import INPUT, OUTPUT
+from portaisys.fetch import Fetched, fetch
 from portaisys.precision import islands
-from portaisys.registry import Fetched, fetch
 from portaisys.spec import Distill, ModelFactory, Spec, TeacherFactory, UserError
 
 ANSWERS, TOKENIZER = "fp32.onnx", "tokenizer.json"

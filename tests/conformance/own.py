@@ -20,7 +20,7 @@ import uvicorn
 
 from conformance.defects import DEFECTS
 from portaisys.engine import Tensor
-from portaisys.serve import protocol
+from portaisys.serve import codec, protocol
 from portaisys.serve.batcher import Batcher
 from portaisys.serve.core import Core, Listen
 from portaisys.serve.model import ServedModel, Stats
@@ -94,7 +94,7 @@ def route(core: Core) -> Callable[..., Awaitable[None]]:
                 return
             body += event.get("body", b"")
             more = event.get("more_body", False)
-            if len(body) > protocol.MAX_BODY_BYTES:
+            if len(body) > codec.MAX_BODY_BYTES:
                 reply = protocol.error(413, "the body is too large")
                 break
         else:

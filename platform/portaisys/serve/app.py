@@ -21,6 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from portaisys.serve import protocol
+from portaisys.serve.codec import MAX_BODY_BYTES, RefusedError
 from portaisys.serve.core import Core, Listen
 from portaisys.serve.model import Limits
 from portaisys.serve.ray_metrics import RayMetrics, ReplyMetrics
@@ -118,7 +119,7 @@ class Replica:
     async def __call__(self, request: Request) -> Response:
         try:
             body = await read_body(request)
-        except protocol.RefusedError as refused:
+        except RefusedError as refused:
             reply = protocol.error(refused.status, str(refused))
         else:
             path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
@@ -186,10 +187,10 @@ async def read_body(request: Request) -> bytes:
     try:
         async for chunk in request.stream():
             body += chunk
-            if len(body) > protocol.MAX_BODY_BYTES:
-                raise protocol.RefusedError(413, f"the body exceeds {protocol.MAX_BODY_BYTES} bytes; send fewer samples a request")
+            if len(body) > MAX_BODY_BYTES:
+                raise RefusedError(413, f"the body exceeds {MAX_BODY_BYTES} bytes; send fewer samples a request")
     except ClientDisconnect:
-        raise protocol.RefusedError(400, "the client left before its body was complete") from None
+        raise RefusedError(400, "the client left before its body was complete") from None
     return bytes(body)
 
 

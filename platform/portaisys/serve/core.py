@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import uvloop
 
 from portaisys.serve import protocol
+from portaisys.serve.codec import RefusedError
 from portaisys.serve.grpc import GrpcPort
 from portaisys.serve.http import Bounds, Port
 from portaisys.serve.keys import read_keys, refuse_open
@@ -107,7 +108,7 @@ class Core:
             await protocol.change(self.models, name, change.action, change.parameters, spread=False)
         except UnknownModelError:
             return "" if change.action == "unload" else "unknown model"  # it is out already
-        except protocol.RefusedError as refused:
+        except RefusedError as refused:
             logger.warning("%s of %s, which another replica was asked: %s", change.action, name, refused)
             return str(refused)
         return ""

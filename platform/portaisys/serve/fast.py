@@ -1,6 +1,6 @@
 """The fast lane: a binary inference request whose JSON was met before goes from its bytes to the batcher without a task or a parser.
 
-Clients repeat themselves: the JSON of one client's requests is the same bytes each time but for its id. What `protocol` made of
+Clients repeat themselves: the JSON of one client's requests is the same bytes each time but for its id. What `codec` made of
 it, and the head of the reply, are remembered by those bytes; everything else about the request is checked as ever. A request
 that is in any way unusual is left to `protocol.handle`. Knows neither sockets nor Ray.
 """
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from portaisys.serve import protocol
+from portaisys.serve import codec, protocol
 from portaisys.serve.batcher import Piece, RowShapes
+from portaisys.serve.codec import Head, RefusedError
 from portaisys.serve.model import ServedModel
-from portaisys.serve.protocol import Head, RefusedError
 from portaisys.serve.repository import Repository, RestingError
 
 REMEMBERED = 1024  # heads; beyond that all are forgotten, which costs each one parse
@@ -58,8 +58,8 @@ class Known:
             if len(self.replies) >= 64:  # sizes may depend on what the inputs hold
                 self.replies.clear()
             pairs = zip(self.head.wanted, outputs, strict=True)
-            entries = [protocol.binary_entry(wanted.name, array.dtype.name, array.shape, array.nbytes) for wanted, array in pairs]
-            head = protocol.reply_head(self.model, self.head.id, entries)
+            entries = [codec.binary_entry(wanted.name, array.dtype.name, array.shape, array.nbytes) for wanted, array in pairs]
+            head = codec.reply_head(self.model.name, self.model.version, self.head.id, entries)
             found = self.replies[key] = Reply(head, len(head) + sum(array.nbytes for array in outputs), self.model.stamp)
         return found
 
@@ -133,10 +133,10 @@ class FastLane:
     def _learn(self, model: ServedModel, json_bytes: int, body: bytes) -> Known | None:
         if json_bytes > MOST_JSON:
             return None
-        head = protocol.head_of(memoryview(body)[:json_bytes], model.inputs, model.outputs)
+        head = codec.head_of(memoryview(body)[:json_bytes], model.inputs, model.outputs)
         if not head.binary or len(head.entries) != len(model.inputs):
             return None
-        protocol.feeds_of(head, memoryview(body)[json_bytes:], model.inputs)  # sizes, shapes and batch, checked once in full
+        codec.feeds_of(head, memoryview(body)[json_bytes:], model.inputs)  # sizes, shapes and batch, checked once in full
         cuts, offset = [], json_bytes
         for tensor, shape, size, _ in head.entries:
             dtype = np.dtype(tensor.dtype).newbyteorder("<")

@@ -1,7 +1,7 @@
 """The gRPC port: `inference.GRPCInferenceService` and `grpc.health.v1.Health` on the replica's loop, over the models and batchers of HTTP.
 
 Messages are the Open Inference Protocol's (inference.proto, compiled into inference.binpb) in a descriptor pool of our own, so that a
-client's generated classes of the same names may live in this process. What a request means is checked by protocol.py and refused in
+client's generated classes of the same names may live in this process. What a request means is checked by codec.py and refused in
 its words. A raw inference request goes from its bytes to the batcher unparsed where its head was met before. Knows no Ray.
 """
 
@@ -23,11 +23,11 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from portaisys.engine import Tensor
-from portaisys.serve import protocol
+from portaisys.serve import codec, protocol
 from portaisys.serve.batcher import Outputs
+from portaisys.serve.codec import Head, InferRequest, RefusedError, Wanted
 from portaisys.serve.keys import ForbiddenError, Keys
 from portaisys.serve.model import ServedModel
-from portaisys.serve.protocol import InferRequest, RefusedError, Wanted
 from portaisys.serve.repository import Repository, RestingError, UnknownModelError
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ WATCH_S = 0.5  # between looks at a watched service: that an engine hangs is tol
 LINEAGE = protocol.LINEAGE.lower()
 
 _OPTIONS = (
-    ("grpc.max_receive_message_length", protocol.MAX_BODY_BYTES),
+    ("grpc.max_receive_message_length", codec.MAX_BODY_BYTES),
     ("grpc.max_send_message_length", -1),  # what a batch within the limit gives may be larger than it
     ("grpc.max_concurrent_streams", 1024),
     ("grpc.server_handshake_timeout_ms", 20_000),
@@ -360,7 +360,7 @@ class Known:
     """What the head of a request, all but its id and raw tensors, means for one model. `replies`: head of the reply and of every output, by the outputs' shapes."""
 
     model: ServedModel
-    head: protocol.Head
+    head: Head
     replies: dict[tuple[tuple[int, ...], ...], tuple[bytes, list[bytes]]] = field(default_factory=dict)
 
     def feeds(self, blobs: Sequence[memoryview]) -> dict[str, NDArray[Any]]:
@@ -369,10 +369,10 @@ class Known:
         if blobs:
             if len(blobs) != len(entries):
                 raise RefusedError(400, f"{len(blobs)} raw_input_contents for {len(entries)} inputs; give one an input, in their order")
-            feeds = {tensor.name: protocol.from_binary(tensor, shape, blob) for (tensor, shape, _, _), blob in zip(entries, blobs, strict=True)}
+            feeds = {tensor.name: codec.from_binary(tensor, shape, blob) for (tensor, shape, _, _), blob in zip(entries, blobs, strict=True)}
         else:
             feeds = {tensor.name: _from_contents(tensor, shape, contents) for tensor, shape, _, contents in entries}
-        protocol.complete(feeds, self.model.inputs)
+        codec.complete(feeds, self.model.inputs)
         return feeds
 
     def reply(self, outputs: Outputs, id_field: bytes) -> bytes:
@@ -384,7 +384,7 @@ class Known:
         shapes = tuple([array.shape for array in arrays])
         known = self.replies.get(shapes)
         if known is None:
-            entries = [protocol.binary_entry(one.name, array.dtype.name, array.shape, array.nbytes) for one, array in zip(wanted, arrays, strict=True)]
+            entries = [codec.binary_entry(one.name, array.dtype.name, array.shape, array.nbytes) for one, array in zip(wanted, arrays, strict=True)]
             known = self.replies[shapes] = self._reply_head(entries), [_field(_RAW_OUT, array.nbytes) for array in arrays]
         parts: list[Any] = [known[0], id_field]
         for start, array in zip(known[1], arrays, strict=True):
@@ -396,9 +396,9 @@ class Known:
         blobs: list[bytes] = []
         for one, array in zip(self.head.wanted, arrays, strict=True):
             if one.classes:
-                entries.append(protocol.classes(Wanted(one.name, True, one.classes), array, self.model.labels, blobs))
+                entries.append(codec.classes(Wanted(one.name, True, one.classes), array, self.model.labels, blobs))
             else:
-                entries.append(protocol.binary_entry(one.name, array.dtype.name, array.shape, array.nbytes))
+                entries.append(codec.binary_entry(one.name, array.dtype.name, array.shape, array.nbytes))
                 blobs.append(array.tobytes())
         return b"".join([self._reply_head(entries), id_field, *[part for blob in blobs for part in (_field(_RAW_OUT, len(blob)), blob)]])
 
@@ -470,7 +470,7 @@ class Lane:
 
 
 def _learned(model: ServedModel, asked: Any) -> Known:
-    """A request's head as protocol.py sees it."""
+    """A request's head as codec.py sees it."""
     inputs = [
         # No contents are None, not an empty message: that one would keep the whole request in memory for as long as its head is known.
         {"name": one.name, "datatype": one.datatype, "shape": list(one.shape), "parameters": _values(one.parameters), "data": one.contents if one.HasField("contents") else None}
@@ -480,7 +480,7 @@ def _learned(model: ServedModel, asked: Any) -> Known:
         raise RefusedError(400, "contents and raw_input_contents exclude each other; send every input in one of them")
     outputs = [{"name": one.name, "parameters": _values(one.parameters)} for one in asked.outputs]
     tree = {"parameters": _values(asked.parameters), "inputs": inputs, "outputs": outputs}
-    return Known(model, protocol.head_from(tree, model.inputs, model.outputs))
+    return Known(model, codec.head_from(tree, model.inputs, model.outputs))
 
 
 def _from_contents(tensor: Tensor, shape: tuple[int, ...], contents: Any) -> NDArray[Any]:
@@ -491,7 +491,7 @@ def _from_contents(tensor: Tensor, shape: tuple[int, ...], contents: Any) -> NDA
         raise RefusedError(400, f"input {tensor.name!r} has neither contents nor raw_input_contents")
     if any(filled.name != name for filled, _ in contents.ListFields()):
         raise RefusedError(400, f"input {tensor.name!r}: contents of its datatype stand in {name} alone")
-    return protocol.from_elements(tensor, shape, getattr(contents, name))
+    return codec.from_elements(tensor, shape, getattr(contents, name))
 
 
 def _parsed(kind: Any, body: bytes) -> Any:

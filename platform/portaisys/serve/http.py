@@ -27,10 +27,11 @@ from numpy.typing import NDArray
 
 from portaisys.serve import protocol
 from portaisys.serve.batcher import Piece
+from portaisys.serve.codec import MAX_BODY_BYTES, RefusedError
 from portaisys.serve.fast import REMEMBERED, FastLane, Reply
 from portaisys.serve.keys import ForbiddenError, Keys
 from portaisys.serve.model import ServedModel
-from portaisys.serve.protocol import RefusedError, Response
+from portaisys.serve.protocol import Response
 from portaisys.serve.repository import Repository, UnknownModelError
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class Bounds:
     """What a client may take: bytes, seconds, connections."""
 
     header_bytes: int = 32 << 10
-    body_bytes: int = protocol.MAX_BODY_BYTES
+    body_bytes: int = MAX_BODY_BYTES
     request_s: float = 30.0  # for a request to arrive whole
     idle_s: float = 75.0  # between requests
     write_s: float = 30.0  # for an answer to be taken

@@ -17,9 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from portaisys import artifact, registry
+from portaisys import artifact
 from portaisys.engine import Arrays, Engine, Options, Tensor, recalled, verify
 from portaisys.engine.cache import Cache, cache_of, get_or_build, load
+from portaisys.fetch import fetch
+from portaisys.registry import Version
 from portaisys.serve.answers import Answers, Recall
 from portaisys.serve.batcher import Batcher, BatchRecord, Outputs
 from portaisys.serve.ladder import Ladder, rungs_from
@@ -70,7 +72,6 @@ class Stats:
     batches: int = 0
     samples: int = 0
     requests: int = 0
-    failed_batches: int = 0
     failed_requests: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
     decode_s: float = 0.0
@@ -87,7 +88,6 @@ class Stats:
         self.batches += 1
         self.samples += record.samples
         self.requests += record.requests
-        self.failed_batches += record.failed
         self.failed_requests += record.requests * record.failed
         self.decode_s += record.decode_sum_s
         self.queue_s += record.queue_sum_s
@@ -182,7 +182,7 @@ def open_reference(
 
     Raises UserError for an unknown reference, a damaged copy, or when no admitted precision holds here.
     """
-    fetched = registry.fetch(reference, storage, storage.cache_dir)
+    fetched = fetch(reference, storage, storage.cache_dir)
     number = str(fetched.version.version)
     version = fetched.version
     if version.verdict != "pass":
@@ -197,7 +197,7 @@ def open_reference(
 class Opened:
     """A version's best engine alone, for use without a server. `batch`: rows a call, AS_IS where the inputs share no batch; `golden`: its sample inputs."""
 
-    version: registry.Version
+    version: Version
     engine: Engine
     batch: int
     files: Mapping[str, Path]
@@ -208,7 +208,7 @@ class Opened:
 
 def open_engine(reference: str, storage: Storage, limits: Limits) -> Opened:
     """Fetch "NAME@VERSION" and open its best precision that holds here. Raises UserError as `open_reference` does."""
-    fetched = registry.fetch(reference, storage, storage.cache_dir)
+    fetched = fetch(reference, storage, storage.cache_dir)
     found = _verified(fetched.path, fetched.version.digest)
     about = json.loads(found.file("version.json").read_text())
     engine, fallbacks = _first_that_holds(found, about, cache_of(storage), limits)

@@ -106,7 +106,6 @@ class Repository:
     by_hand: dict[str, list[Change]] = field(default_factory=dict)
     untold: set[str] = field(default_factory=set)
     ports: dict[str, int] = field(default_factory=dict)
-    rests_total: int = 0
     _asked: int = 0
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     _waking: dict[str, asyncio.Task[None]] = field(default_factory=dict)
@@ -314,7 +313,6 @@ class Repository:
             models, one.memory_bytes, one.rested = list(one.models.values()), one.held_bytes, frozenset(one.models)
             one.models, one.resting = {}, True
             self.generation += 1
-            self.rests_total += 1
             logger.info("%s: asked least recently, so it left memory (%.1f MiB)", name, one.memory_bytes / 2**20)
             for model in models:
                 await model.close()
