@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
+import sqlite3
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from published import make
 from portaisys import artifact, gate, launch, spec
 from portaisys.audit import Line, _other_devices, audit
 from portaisys.cli import main
+from portaisys.fetch import fetch
 from portaisys.gate import Decision
 from portaisys.registry import SPEC, open_registry
 from portaisys.spec import Storage, UserError
@@ -119,7 +122,8 @@ def test_damaged_dense_weights_are_not_used_and_it_says_so(published):
 
 def test_one_changed_byte_of_an_engines_file_is_refused(published, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(published.folder / "home"))
-    changed = [file for root in (published.storage.cache_dir / "versions", published.folder / "runs/mlartifacts") for file in root.rglob("int8.onnx") if published.outcome.version.digest in str(file)]
+    changed = [file for file in (published.folder / "runs/mlartifacts").rglob("int8.onnx") if published.outcome.version.digest in str(file)]
+    fetch(published.reference, published.storage, published.storage.cache_dir)  # a good copy, which is not what is audited
     whole = changed[0].read_bytes()
     for file in changed:
         file.write_bytes(whole[:-1] + b"?")
@@ -128,7 +132,20 @@ def test_one_changed_byte_of_an_engines_file_is_refused(published, monkeypatch, 
     finally:
         for file in changed:
             file.write_bytes(whole)
-    assert len(changed) == 2 and re.search(r"error: .*int8\.onnx differs from its manifest", capsys.readouterr().err)
+    assert len(changed) == 1 and re.search(r"error: .*int8\.onnx differs from its manifest", capsys.readouterr().err)
+
+
+def test_a_changed_ledger_is_refused(published):
+    def replaced(old, new):
+        with contextlib.closing(sqlite3.connect(published.folder / "runs/mlflow.db")) as database, database:
+            database.execute("UPDATE model_version_tags SET value = replace(value, ?, ?) WHERE name = 'portaisys-ledger' AND key = 'entry'", (old, new))
+
+    replaced('"event": "look"', '"event": "Look"')
+    try:
+        with pytest.raises(UserError, match=r"ledger: entry \d+ was changed"):
+            audit(published.reference, published.storage)
+    finally:
+        replaced('"event": "Look"', '"event": "look"')
 
 
 def test_a_forged_verdict_is_found_by_the_true_one(published, monkeypatch, capsys):

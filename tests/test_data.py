@@ -120,6 +120,11 @@ def test_wrong_arrays_are_refused(tmp_path, change, message):
     assert message in str(error.value)
 
 
+def test_rows_of_one_class_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"data: all 300 rows are of one class, '0'"):
+        data.load(npz(tmp_path, **{**good(), "y": np.zeros(300, int)}))
+
+
 def test_an_npz_with_pickled_objects_is_not_unpickled(tmp_path):
     with pytest.raises(UserError, match="plain arrays"):
         data.load(npz(tmp_path, x=np.array([object()] * 300), y=np.arange(300) % 3))

@@ -16,10 +16,11 @@ import safetensors.torch
 import torch
 from test_report import CHROMIUM, measured, screenshot
 
-from portaisys import artifact, launch, metrics, spec
+from portaisys import artifact, data, launch, metrics, spec
 from portaisys.cli import main
 from portaisys.fetch import fetch
 from portaisys.registry import open_registry
+from portaisys.rehearsal import rehearse_steps
 from portaisys.spec import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -197,6 +198,12 @@ REFUSED = [
     (["data.test_rows=1790"], r"data\.test_rows"),
     (["data={source: npz, path: FLAT, test_rows: 150}", "gate.max_accuracy_drop=0.2", "model={name: factory, factory: 'torch.nn:Flatten'}"], r"train\.augment: 'shift' moves pictures"),
     (["storage.path=FILE"], r"storage\.path: .* cannot be written"),
+    (["compress.0.prune.mac_cut=0.99"], r"compress\.prune: mac_cut 0\.99.* cannot be met; this model reaches at most mac_cut 0\.9\d+"),
+    (["compress.0.prune.keep=[net.1.conv]"], r"compress\.prune\.keep: 'net\.1\.conv' is no layer of this model; the nearest are net\."),
+    (["compress=[{prune: {ratios: [0.5]}}]"], r"compress\.prune\.ratios: 1 ratios for a model of 2 stages"),
+    (["compress=[{sparsify: {keep: [nope]}}]"], r"compress\.sparsify\.keep: 'nope' is none of the layers"),
+    (["compress=[{quantize: {keep: [net.9]}}]"], r"compress\.quantize\.keep: 'net\.9' is no module of this model; nearest: net\."),
+    (["compress=[{distill: {student: {name: convnet, channels: [8], blocks: [1]}}}, {distill: {features: {layers: [net.2.conv1]}}}]"], r"'net\.2\.conv1'"),
     ]
 
 
@@ -219,10 +226,34 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path):
         launch.run(short(tmp_path, "train.use_gpu=true"), quiet)
 
 
-def test_a_pruning_target_out_of_reach_keeps_what_was_trained(tmp_path):
-    with pytest.raises(UserError, match=r"compress\.prune: mac_cut 0\.99"):
-        launch.run(short(tmp_path, "train.epochs=1", "compress.0.prune.mac_cut=0.99"), quiet)
+def test_a_target_that_only_measuring_finds_out_of_reach_keeps_what_was_trained(tmp_path):
+    with pytest.raises(UserError, match=r"compress\.prune: .*latency_cut 0\.99"):
+        launch.run(short(tmp_path, "train.epochs=1", "compress=[{prune: {mac_cut: 0, latency_cut: 0.99, steps: 1}}]"), quiet)
     assert artifact.read(tmp_path / "runs/digits/train", verify=True).kind == "train"
+
+
+def test_layers_are_looked_for_in_the_student_that_a_step_before_it_made(tmp_path):
+    student = "{name: convnet, channels: [8, 8, 8], blocks: [1, 1, 1]}"
+    options = short(tmp_path, "compress=[{distill: {student: " + student + "}}, {distill: {features: {layers: {net.5.conv1: net.4.conv1}}}}]")
+    rehearse_steps(options, data.load(options.data))
+
+
+def test_a_run_that_was_killed_while_it_was_judged_goes_on_though_its_own_looks_are_counted(tmp_path, monkeypatch):
+    # A margin that 600 rows decide at one look, and not at two.
+    options = short(tmp_path, "train.epochs=1", "compress=[{quantize: {}}]", "gate.max_accuracy_drop=0.0074")
+
+    def killed(*_, **__):
+        raise InterruptedError
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr("portaisys.stages.judge", killed)
+        launch.run(options, quiet)
+    splits = data.load(options.data)
+    assert open_registry(options.storage).looks(splits.test_digest) == 2
+    assert {"train", "export-dense", "quantize"} <= {*launch.run(options, quiet).reused}
+    # Of another spec's candidates they are looks like any other's.
+    with pytest.raises(UserError, match=r"gate\.max_accuracy_drop: 0\.0074 cannot be decided .*looks at this test split: 4"):
+        launch.run(short(tmp_path, "train.epochs=2", "compress=[{quantize: {}}]", "gate.max_accuracy_drop=0.0074"), quiet, resume=True)
 
 
 def test_a_run_without_candidates_publishes_the_dense_engine_and_its_look_is_counted(tmp_path, monkeypatch):

@@ -459,6 +459,7 @@ def test_latency_is_that_of_the_files_in_onnx_runtime():
     [
         ({"mac_cut": 0}, r"compress\.0\.prune\.mac_cut: there is no target"),
         ({"ratios": [0.5], "what": ["channels", "blocks"]}, r"compress\.0\.prune\.ratios: they are of widths"),
+        ({"ratios": [0.5], "scope": "global"}, r"compress\.0\.prune\.ratios: .*leave scope and steps out"),
         ({"ratios": [0.5], "latency_cut": 0.2}, r"compress\.0\.prune\.ratios: .*leave those out"),
         ({"what": []}, r"compress\.0\.prune\.what"),
         ({"what": ["layers"]}, r"compress\.0\.prune\.what"),

@@ -251,12 +251,20 @@ def test_tensorrt_builds_a_file_of_int8_weights(source, tmp_path):
     ("options", "reason"),
     [
         ({"method": "weight_only", "sensitivity": True}, r"compress\.0\.quantize\.method: weight_only calibrates nothing"),
+        ({"method": "weight_only", "calibration": "entropy"}, r"compress\.0\.quantize\.method: weight_only calibrates nothing"),
+        ({"method": "qat", "calibration": "auto"}, r"compress\.0\.quantize\.calibration: qat learns the ranges"),
         ({"distill": True}, r"compress\.0\.quantize\.distill: only qat trains, and this is ptq"),
+        ({"epochs": 5}, r"compress\.0\.quantize\.epochs: only qat trains, and this is ptq"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options, reason):
     with pytest.raises(SpecError, match=reason):
         parse({"name": "x", "compress": [{"quantize": options}]})
+
+
+def test_a_quantize_step_without_an_engine_that_it_is_for_is_refused():
+    with pytest.raises(SpecError, match=r"engine\.precisions: fp32 leave the quantize step without an engine"):
+        parse({"name": "x", "compress": [{"quantize": {}}], "engine": {"precisions": ["fp32"]}})
 
 
 def test_fp8_has_no_form_of_weights_alone():

@@ -29,6 +29,7 @@ REFUSED = [
     ({"train": {"tokens_per_batch": 512, "ddp": {"static_graph": True}}}, "train.tokens_per_batch: workers cut their rows into different numbers of micro-batches"),
     ({"compress": [{"quantize": {}}, {"prune": {}}]}, "must be the last step"),
     ({"compress": [{"prune": {}, "distill": {}}]}, "exactly one of prune, sparsify, distill, quantize"),
+    ({"compress": [{"sparsify": {}}, {"prune": {}}]}, "compress.1.prune: two of four weights are zero by then"),
     ({"model": {"channels": [8, 16], "blocks": [1]}}, "model.blocks: 1 values for 2 stages"),
     ({"model": {"name": "transformer", "dim": 30}}, "dim 30 is not a multiple of heads 4"),
     ({"export": {"opt_batch": 99}}, "opt_batch 99 exceeds max_batch 64"),

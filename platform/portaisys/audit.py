@@ -9,6 +9,7 @@ test split and the ledger does not count it. Speed is measured and shown, and no
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from portaisys.data import Splits
 from portaisys.determinism import threads
 from portaisys.engine import recalled
 from portaisys.engine.cache import Built, cache_of, get_or_build, load
-from portaisys.fetch import fetch
+from portaisys.fetch import verified_copy
 from portaisys.gate import Decision
 from portaisys.judge import BASELINE, REFERENCE, VERIFIED_ROWS, Baseline, Logits, baseline_of, quality, run_of, timed, unsound_at
 from portaisys.launch import run_folder
@@ -73,15 +74,20 @@ def audit(reference: str, storage: Storage, data_path: str = "", tell: Callable[
 
     Raises UserError for a version that cannot be audited: unknown, damaged, of other data, or without anything to hold it against.
     """
-    tell(f"fetching {reference}, hashing its files")
-    fetched = fetch(reference, storage, storage.cache_dir)
-    version, found = fetched.version, artifact.read(fetched.path, verify=True)
+    opened = open_registry(storage, create=False)
+    opened.verify_ledger()
+    version = opened.resolve(reference)
+    with tempfile.TemporaryDirectory() as folder:  # what was published, not a copy that this machine made when it was whole
+        tell(f"fetching {version}, hashing its files")
+        return _audited(opened, version, artifact.read(verified_copy(opened, version, Path(folder))), storage, data_path, tell)
+
+
+def _audited(opened: Registry, version: Version, found: Artifact, storage: Storage, data_path: str, tell: Callable[[str], None]) -> Audit:
     about = json.loads(found.file("version.json").read_text())
     if not {"test", "reference"} <= about["lineage"].keys():
         raise UserError(f"{version}: was made without a test split (portaisys compile), so there is no verdict to reach again")
     if version.lineage.get("test") != about["lineage"]["test"]:
         raise UserError(f"{version}: the registry's lineage and the version's own name different test splits; one of the two was changed")
-    opened = open_registry(storage, create=False)
     options = _spec(opened, version, storage, data_path)
     tell("reading the data")
     splits = _same_rows(options, version, about)

@@ -66,10 +66,15 @@ def _copy(registry: Registry, version: Version, cache_dir: Path) -> Fetched:
         if _is_good_copy(folder, version):
             return Fetched(version, folder, True, "")
         with tempfile.TemporaryDirectory(prefix=f".{version.digest}.", dir=folder.parent) as draft:
-            came = registry.download(version, Path(draft))
-            _check_copy(came, version)
-            artifact.replace(came, folder)
+            artifact.replace(verified_copy(registry, version, Path(draft)), folder)
     return Fetched(version, folder, False, "")
+
+
+def verified_copy(registry: Registry, version: Version, folder: Path) -> Path:
+    """The version's files, downloaded below `folder`; returns where. Raises UserError when they are not the ones published."""
+    came = registry.download(version, folder)
+    _check_copy(came, version)
+    return came
 
 
 def _last_copy(reference: str, memo: Path, cache_dir: Path, cause: UnreachableError) -> Fetched:

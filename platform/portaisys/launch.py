@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 import yaml
 
 from portaisys import artifact, cluster, data, gate, metrics, models, report, spec, store, teachers, training
@@ -29,6 +28,7 @@ from portaisys.engine import TYPED, available, backend
 from portaisys.fits import FITS, Fit, batches, trace_file
 from portaisys.judge import BASELINE
 from portaisys.registry import Registry, Version, open_registry
+from portaisys.rehearsal import rehearse_steps
 from portaisys.spec import Spec, UserError
 from portaisys.stages import STAGES, Job
 from portaisys.weights import WEIGHTS
@@ -155,7 +155,8 @@ def run(options: Spec, tell: Tell, *, promote: bool = True, resume: bool = False
         for note in splits.train.table.notes:
             tell("data", note, 1.0, "done")
         registry = open_registry(options.storage)
-        preflight(options, splits, 0 if (folder / "judge" / artifact.MANIFEST).exists() else registry.looks(splits.test_digest))
+        done = _finished(options, stages, splits, folder)
+        preflight(options, splits, 0 if "judge" in done else registry.looks(splits.test_digest, without={made.digest for made in done.values()}))
         _take_name(options, folder)
         artifacts: dict[str, Artifact] = {}
         reused = []
@@ -298,12 +299,8 @@ def preflight(options: Spec, splits: Splits, looks: int) -> None:
     if options.train.augment != "none" and len(splits.shape) != 3:
         raise UserError(f"train.augment: {options.train.augment!r} moves pictures, and the rows are {splits.shape}; set train.augment=none")
     training.device(options)
-    torch.manual_seed(options.seed)
-    models.build(options.model, splits.shape, len(splits.labels), splits.mean, splits.std, splits.vocabulary)
     batches(options.train, splits.train, options.seed)
-    for step in options.steps:
-        if step.distill:
-            teachers.refuse_unteachable(options, splits, step.distill)
+    rehearse_steps(options, splits)
     planned = options if options.compress != "auto" else with_recipe(options, TYPICAL)
     if planned.quantize:
         refuse_calibration(len(splits.calibration), planned.quantize)
@@ -321,15 +318,9 @@ def _one(
     options: Spec, stage: Stage, done: Mapping[str, Artifact], splits: Splits, registry: Registry | None, folder: Path, tell: Tell
 ) -> tuple[Artifact, bool]:
     parents = {role: done[name] for role, name in stage.parents.items()}
-    sections = _sections(options, stage)
-    digests = {role: parent.digest for role, parent in parents.items()}
-    about = {"stage": stage.kind, "options": dict(stage.options), "spec": sections, "parents": digests, "data": splits.digest}
-    key = spec.digest([*about.values()])
-    place, uri = folder / stage.name, f"{options.storage.path}/{options.name}/{stage.name}"
-    work = folder / f"{stage.name}.work"
-    if options.storage.remote and not place.exists():
-        store.pull(uri, place)
-    found = artifact.find(place, key)
+    about, place, work = _about(options, stage, done, splits), folder / stage.name, folder / f"{stage.name}.work"
+    key, uri = spec.digest([*about.values()]), _uri(options, stage)
+    found = _found(options, stage, key, folder)
     if found:
         _finish(options, found, uri, work)
         untraced = options.train.profile_steps and stage.kind in FITS and "trace" not in left_by(found)
@@ -346,13 +337,39 @@ def _one(
     tell(stage.name)
     logged = {"run": options.name, "stage": stage.name, "key": key[:12]}  # what JSON logs are searched by
     _log.info("stage begins", extra=logged)
-    with artifact.writing(place, kind=stage.kind, key=key, parents=digests, spec=sections) as draft:
+    with artifact.writing(place, kind=stage.kind, key=key, parents=about["parents"], spec=about["spec"]) as draft:
         STAGES[stage.kind](job, draft)
     made = artifact.read(place)
     _finish(options, made, uri, work)
     _log.info("stage ended after %.1f s", made.seconds, extra=logged | {"digest": made.digest[:12]})
     tell(stage.name, f"{made.seconds:.1f} s", 1.0, "done")
     return made, False
+
+
+def _about(options: Spec, stage: Stage, done: Mapping[str, Artifact], splits: Splits) -> dict[str, Any]:
+    """All that a stage's artifact depends on; its digest is the key."""
+    parents = {role: done[name].digest for role, name in stage.parents.items()}
+    return {"stage": stage.kind, "options": dict(stage.options), "spec": _sections(options, stage), "parents": parents, "data": splits.digest}
+
+
+def _uri(options: Spec, stage: Stage) -> str:
+    return f"{options.storage.path}/{options.name}/{stage.name}"
+
+
+def _found(options: Spec, stage: Stage, key: str, folder: Path) -> Artifact | None:
+    """The stage's artifact when it is finished, here or in remote storage."""
+    if options.storage.remote and not (folder / stage.name).exists():
+        store.pull(_uri(options, stage), folder / stage.name)
+    return artifact.find(folder / stage.name, key)
+
+
+def _finished(options: Spec, stages: Sequence[Stage], splits: Splits, folder: Path) -> dict[str, Artifact]:
+    """The stages, in order, that this run will only read."""
+    done: dict[str, Artifact] = {}
+    for stage in stages:
+        if {*stage.parents.values()} <= done.keys() and (found := _found(options, stage, spec.digest([*_about(options, stage, done, splits).values()]), folder)):
+            done[stage.name] = found
+    return done
 
 
 def _record_looks(registry: Registry | None, splits: Splits, candidates: Sequence[str]) -> int:

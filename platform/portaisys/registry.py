@@ -23,7 +23,7 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -451,7 +451,8 @@ class Registry:
 
     def verify_ledger(self) -> str:
         """Check the chain; returns the hash of its last entry. Raises UserError naming every changed or missing entry."""
-        return ledger.verified(self._rows(afresh=True), self._head())
+        head = self._head()  # first: what others append meanwhile may be among the rows, and is not missing from them
+        return ledger.verified(self._rows(afresh=True), head)
 
     def record_looks(self, test_digest: str, candidates: Sequence[str]) -> int:
         """Record that `candidates` (digests) were scored on a test split; returns how many distinct ones ever were, these included."""
@@ -462,9 +463,9 @@ class Registry:
             self._record("look", test_digest, None, "", {"candidates": new, "reused": reused})
             return self.looks(test_digest)
 
-    def looks(self, test_digest: str) -> int:
-        """How many distinct candidates were ever scored on a test split."""
-        return len(ledger.looked(self.ledger(test_digest)))
+    def looks(self, test_digest: str, without: Collection[str] = ()) -> int:
+        """How many distinct candidates were ever scored on a test split; those whose digests are in `without` are not counted."""
+        return sum(digest.partition(" ")[0] not in without for digest in ledger.looked(self.ledger(test_digest)))
 
     def looks_of(self, test_digest: str, digests: Sequence[str]) -> tuple[int, ...]:
         """The counts that looks at a test split had come to when these candidates took them together: one each time they were judged."""

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from portaisys import data, distributed
+from portaisys import data, distributed, teachers
+from portaisys.compress import prune
+from portaisys.compress.quantize import refuse_no_module
+from portaisys.compress.sparsify import sparsify
 from portaisys.data import Splits
 from portaisys.fits import batches
 from portaisys.rows import Batches, Plan, shares_of_all, shuffled
@@ -91,6 +94,21 @@ def _weighed(model: nn.Module, splits: Splits, train: Train, rows: Any) -> tuple
         "optimizer": weights * (_KEPT[train.optimizer] if train.optimizer == "adamw" or train.momentum else 0), "average": weights if train.ema_decay else 0,
         "rows": round(x.nbytes * len(rows) / len(tried)), "activations": round(activations * len(rows) / len(tried)),
     }  # fmt: skip
+
+
+def rehearse_steps(options: Spec, splits: Splits) -> None:
+    """Every compression step on the model with its first weights. Raises UserError for names, teachers and targets that are beyond it, which would else be found when all before is paid for."""
+    model = fresh(options, splits)
+    for step in options.steps:
+        if step.distill:
+            model = model if step.distill.student is None else teachers.built(step.distill.student, splits, "compress.distill.student")
+            teachers.refuse_unteachable(options, splits, step.distill, model)
+        elif step.prune:
+            prune.rehearse(model, splits.shape, step.prune, len(splits.labels))
+        elif step.sparsify:
+            sparsify(model, step.sparsify)
+        elif step.quantize:
+            refuse_no_module(step.quantize.keep, [name for name, _ in model.named_modules() if name])
 
 
 @contextmanager

@@ -339,6 +339,8 @@ class Prune(Section):
     def _one_target(self) -> Prune:
         if self.ratios is not None and (self.mac_cut, self.parameter_cut, self.latency_cut) != (0.5, 0.0, 0.0):
             raise ValueError(".ratios: they decide what is cut, so mac_cut, parameter_cut and latency_cut cannot be met as well; leave those out")
+        if self.ratios is not None and (self.scope != "layer" or self.steps != 20):
+            raise ValueError(".ratios: they are of each stage and cut at once; leave scope and steps out, or take mac_cut")
         if self.ratios is not None and "blocks" in self.what:
             raise ValueError(".ratios: they are of widths; leave blocks out of what, or take mac_cut")
         if not any((self.mac_cut, self.parameter_cut, self.latency_cut)):
@@ -467,11 +469,17 @@ class Quantize(Section):
 
     @model_validator(mode="after")
     def _method_has_what_is_asked(self) -> Quantize:
-        if self.method == "weight_only" and (self.sensitivity or self.searches or self.calibration == "auto"):
+        if self.method == "weight_only" and (self.sensitivity or self.searches or self._differs("calibration")):
             raise ValueError(".method: weight_only calibrates nothing and has no layers to search; leave sensitivity, mixed, max_drop and calibration out, or take ptq")
-        if self.distill and self.method != "qat":
-            raise ValueError(f".distill: only qat trains, and this is {self.method}; set method: qat, or leave it out")
+        if self.method == "qat" and self._differs("calibration"):
+            raise ValueError(".calibration: qat learns the ranges while it trains, so there is nothing to calibrate; leave it out, or take ptq")
+        if self.method != "qat" and (idle := self._differs("distill", "epochs", "learning_rate")):
+            raise ValueError(f".{idle}: only qat trains, and this is {self.method}; set method: qat, or leave it out")
         return self
+
+    def _differs(self, *names: str) -> str:
+        """The first of these that is not at its default, which is what a spec that was written out says too; empty when none is."""
+        return next((name for name in names if getattr(self, name) != type(self).model_fields[name].default), "")
 
     @property
     def searches(self) -> bool:
@@ -707,13 +715,17 @@ class Spec(Section):
         for precision in {"int8", "fp8"} & {*(self.engine.precisions or ())}:
             if "quantize" not in kinds and self.compress != "auto":
                 raise ValueError(f"engine.precisions: {precision!r} needs a quantize step; add '- quantize: {{}}' to compress")
+        if self.quantize and self.engine.precisions and not {"int8", "fp8"} & {*self.engine.precisions}:
+            raise ValueError(f"engine.precisions: {', '.join(self.engine.precisions)} leave the quantize step without an engine, so it would be dropped; add int8, or remove the step")
         if self.quantize and self.quantize.method == "weight_only" and "fp8" in (self.engine.precisions or ()):
             raise ValueError("engine.precisions: 'fp8' has no weight_only form; leave it out, or set compress.quantize.method to ptq or qat")
         return self
 
     @model_validator(mode="after")
-    def _a_student_begins_anew(self) -> Spec:
+    def _no_step_undoes_another(self) -> Spec:
         for number, step in enumerate(self.steps):
+            if step.prune and any(before.sparsify for before in self.steps[:number]):
+                raise ValueError(f"compress.{number}.prune: two of four weights are zero by then, and what leaves would break the fours up; put sparsify after it")
             if number and isinstance(step, Step) and step.distill and step.distill.student:
                 raise ValueError(f"compress.{number}.distill.student: it is another model, so what the steps before it made would be lost; put this step first")
         return self

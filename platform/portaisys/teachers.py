@@ -74,9 +74,8 @@ def _told(labels: Any) -> str:
     return ", ".join(map(str, labels[:5])) + (f" and {len(labels) - 5} more" if len(labels) > 5 else "")
 
 
-def refuse_unteachable(options: Spec, splits: Splits, recipe: Distill) -> None:
-    """Raises UserError for a distillation that cannot begin: a student, a teacher or layers that are not there. A student that is pruned before is tried as it is now."""
-    student = _built(options.model if recipe.student is None else recipe.student, splits, "compress.distill.student")
+def refuse_unteachable(options: Spec, splits: Splits, recipe: Distill, student: nn.Module) -> None:
+    """Raises UserError for a distillation that cannot begin: a teacher, or layers, that are not there. `student`: untrained."""
     with _told_of("compress.distill.student"), islands(student, options.train.fp32_modules if recipe.student else (), "cpu"):
         pass  # its modules may be other ones than the dense model's
     if isinstance(recipe.teacher, str):
@@ -84,11 +83,12 @@ def refuse_unteachable(options: Spec, splits: Splits, recipe: Distill) -> None:
         refuse_other_classes(found, recipe.teacher, splits)
         answering(options, found.path / ANSWERS)(splits.calibration.x[:2])
         return
-    teacher = _built(options.model, splits, "model") if recipe.teacher is None else made(recipe.teacher, splits)
+    teacher = built(options.model, splits, "model") if recipe.teacher is None else made(recipe.teacher, splits)
     projections(student, teacher, paired(student, teacher, recipe), models.example(student, splits.shape, 2))
 
 
-def _built(section: Any, splits: Splits, where: str) -> nn.Module:
+def built(section: Any, splits: Splits, where: str) -> nn.Module:
+    """An untrained model of a section of the spec, which stands at the path `where`. Raises UserError with that path."""
     with _told_of(where):
         return models.build(section, splits.shape, len(splits.labels), splits.mean, splits.std, splits.vocabulary)
 

@@ -83,6 +83,17 @@ def prune_module(model: nn.Module, inputs: Sequence[Tensor], options: Prune, evi
     return {**now, "removed": removed, "skipped": [f"{name}: {reason}" for name, reason in sorted(case.bounds.unfit.items())]}
 
 
+def rehearse(model: nn.Module, shape: Sequence[int], options: Prune, classes: int) -> None:
+    """Prune an untrained model in place about as the trained one will be. Raises UserError, as `prune` would, for names and for targets beyond what the structure allows.
+
+    Neither latency nor how much the blocks hold that would leave is known of it, so neither is refused here.
+    """
+    inputs = (models.example(model, shape, 2),)
+    known = {"importance": "norm", "latency_cut": 0.0} | ({} if options.ratios else {"steps": 1}) | ({"mac_cut": 0.0, "parameter_cut": 0.0} if "blocks" in options.what else {})
+    evidence = Evidence(held_out=lambda tried: iter([tried(*inputs).square().mean()]))
+    prune_module(model, inputs, options.model_copy(update=known), evidence, head=classes)
+
+
 # --- the two schedules --------------------------------------------------------------------------------------------
 
 

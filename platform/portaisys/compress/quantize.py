@@ -287,6 +287,14 @@ def refuse_calibration(rows: int, options: Quantize) -> None:
         raise UserError(f"data.calibration_rows: {rows} rows are too few to learn the ranges of activations from; give at least {LEAST_ROWS}, better hundreds")
 
 
+def refuse_no_module(keep: Sequence[str], modules: Sequence[str]) -> None:
+    """Raise UserError, before there is a file whose layers could be asked, for a name that no module of the model has. (The exporter's own are `node_...`.)"""
+    for asked in keep:
+        if not asked.startswith("node_") and asked.partition("#")[0].partition(":")[0] not in modules:
+            near = difflib.get_close_matches(asked, modules, 3, 0.0)
+            raise UserError(f"compress.quantize.keep: {asked!r} is no module of this model; nearest: {', '.join(near)}")
+
+
 def learnt(file: Path) -> tuple[dict[str, list[float]], NDArray[Any]]:
     """Scales by layer, and the converted model's answers, of a `LEARNT` file."""
     with np.load(file) as arrays:

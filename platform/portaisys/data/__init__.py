@@ -126,7 +126,9 @@ def _split(table: Table, options: Any) -> dict[str, NDArray[np.int64]]:
 
 
 def _refuse_empty_classes(table: Table, parts: dict[str, NDArray[np.int64]]) -> None:
-    """A class that a split lacks can be neither learnt there nor judged."""
+    """A class that a split lacks can be neither learnt there nor judged, and of one class there is nothing to tell apart."""
+    if len(table.labels) < 2:
+        raise UserError(f"data: all {len(table.y):,} rows are of one class, {table.labels[0]!r}; give rows of two classes or more")
     rows = np.bincount(table.y, minlength=len(table.labels))
     for name, indices in parts.items():
         empty = np.flatnonzero(np.bincount(table.y[indices], minlength=len(rows)) == 0)
