@@ -85,6 +85,7 @@ def test_a_resolved_spec_reads_back_as_itself(path, tmp_path):
     loaded = spec.load(path)
     (tmp_path / "resolved.yaml").write_text(spec.to_yaml(loaded))
     assert spec.load(tmp_path / "resolved.yaml") == loaded
+    assert "prune: null" not in (tmp_path / "resolved.yaml").read_text()
 
 
 def test_a_spec_is_frozen():

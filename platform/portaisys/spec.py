@@ -791,8 +791,11 @@ def dump(spec: Spec) -> dict[str, Any]:
 
 
 def to_yaml(spec: Spec) -> str:
-    """The resolved tree as YAML, in the order of the sections."""
-    return yaml.safe_dump(dump(spec), sort_keys=False)
+    """The resolved tree as YAML, in the order of the sections; of a compression step the one key that it holds."""
+    tree = dump(spec)
+    if spec.steps:
+        tree["compress"] = [{kind: options for kind, options in step.items() if options is not None} for step in tree["compress"]]
+    return yaml.safe_dump(tree, sort_keys=False)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
