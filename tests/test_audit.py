@@ -18,11 +18,11 @@ from onnx import numpy_helper
 from published import make
 
 from portaisys import artifact, gate, launch, spec
-from portaisys.audit import Line, _other_devices, audit
+from portaisys.audit import Line, _other_devices, _spec, audit
 from portaisys.cli import main
 from portaisys.fetch import fetch
 from portaisys.gate import Decision
-from portaisys.registry import SPEC, open_registry
+from portaisys.registry import SPEC, UnreachableError, open_registry
 from portaisys.spec import Storage, UserError
 
 FASTER = Decision("pass", "latency ratio 0.500, planted: what is published must not depend on this machine's clock", {"ratio": 0.5, "low": 0.4, "high": 0.6, "rounds": 20})
@@ -132,7 +132,7 @@ def test_one_changed_byte_of_an_engines_file_is_refused(published, monkeypatch, 
     finally:
         for file in changed:
             file.write_bytes(whole)
-    assert len(changed) == 1 and re.search(r"error: .*int8\.onnx differs from its manifest", capsys.readouterr().err)
+    assert len(changed) == 1 and re.search(rf"error: {published.reference}: the registry's copy .*int8\.onnx differs from its manifest", capsys.readouterr().err)
 
 
 def test_a_changed_ledger_is_refused(published):
@@ -183,6 +183,34 @@ def test_other_test_rows_are_refused_and_the_same_rows_elsewhere_are_not(publish
         assert not audit(published.reference, published.storage, str(published.folder / "moved.npz")).differs
     finally:
         (published.folder / "moved.npz").replace(published.rows)
+
+
+def test_rows_that_are_gone_are_asked_for_by_the_option_that_names_them(published, monkeypatch):
+    (published.rows).rename(published.folder / "gone.npz")
+    try:
+        with pytest.raises(UserError, match=rf"^{published.reference}: .* data\.path: no file .*rows\.npz; bring the data back, or say where it lies \(--data\)$"):
+            audit(published.reference, published.storage)
+    finally:
+        (published.folder / "gone.npz").rename(published.rows)
+
+
+def test_a_source_without_a_file_takes_no_data_option(published):
+    tree = {"data": {"source": "digits", "test_rows": 600}}
+    with pytest.raises(UserError, match=r"^digits@1: source digits reads no file; leave --data out$"):
+        _spec(SimpleNamespace(spec_of=lambda version: tree), "digits@1", published.storage, "rows.npz")
+
+
+def test_a_spec_that_is_no_json_is_said_to_be_damaged_and_no_registry_to_be_away(published):
+    file = next((published.folder / "runs/mlartifacts").rglob(SPEC))
+    whole = file.read_bytes()
+    try:
+        for damaged in (whole[:-9], b"", b"\xff"):
+            file.write_bytes(damaged)
+            with pytest.raises(UserError, match=rf"^{published.reference}: spec\.json of its run {published.outcome.version.run_id} in the registry is damaged") as error:
+                audit(published.reference, published.storage)
+            assert not isinstance(error.value, UnreachableError) and "MLFLOW_TRACKING_URI" not in str(error.value)
+    finally:
+        file.write_bytes(whole)
 
 
 def test_a_spec_with_a_wider_margin_than_was_judged_with_is_refused(published):

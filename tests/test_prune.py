@@ -308,7 +308,7 @@ def test_what_is_no_residual_block_never_leaves_as_one():
             return self.head(y)
 
     model = models.Classifier(Plain(), torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
-    with pytest.raises(UserError, match=r"mac_cut 0\.000 and parameter_cut 0\.000 with round_to 8 and what \[blocks\]"):
+    with pytest.raises(UserError, match=r"mac_cut 0\.000 with round_to 8 and what \[blocks\]; ask for less"):
         prune(model, SHAPE, spec.Prune(what=("blocks",), mac_cut=0.1), 10)
 
 
@@ -427,6 +427,17 @@ def test_a_target_out_of_reach_names_the_best_there_is(target, steps):
     with pytest.raises(UserError, match=rf"compress\.prune: .*{target} 0\.99.* cannot be met; this model reaches at most .*{target} 0\.\d+"):
         prune_module(model, (torch.zeros(2, *SHAPE),), options, Evidence(latency_cut=saved(models.count(model, SHAPE)["macs"])))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_target_out_of_reach_names_what_was_asked_and_what_stands_in_the_way(steps):
+    model = build(FACTORY.model_copy(update={"options": {"kind": "lstm"}}))
+    with pytest.raises(UserError) as error:
+        prune(model, SHAPE, spec.Prune(mac_cut=0.9, round_to=4, steps=steps, keep=("net.last",)), 10)
+    said = str(error.value)
+    assert said.startswith("compress.prune: mac_cut 0.9 cannot be met; this model reaches at most mac_cut 0.") and "parameter_cut" not in said
+    assert "with round_to 4, what [channels, neurons] and keep [net.last]; it left as it was net.first: tied to net.middle, a LSTM" in said
+    assert "; net.middle: a LSTM cannot be pruned; ask for less, or let more leave" in said
 
 
 def saved(macs):

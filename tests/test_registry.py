@@ -264,8 +264,9 @@ def stored(storage, version, name):
 
 def test_a_file_changed_in_the_registry_is_not_served(local, storage, tmp_path):
     stored(storage, publish(local, tmp_path), "fp32.onnx").write_bytes(b"malicious")
-    with pytest.raises(UserError, match=r"fp32\.onnx differs from its manifest"):
+    with pytest.raises(UserError, match=r"^demo@1: the registry's copy \(artifacts of run \w+\) is not what was published: fp32\.onnx differs from its manifest; put a good copy back") as error:
         fetch("demo@candidate", storage, tmp_path / "copies")
+    assert str(tmp_path) not in str(error.value)  # of the folder it came to nothing is left
     assert not list((tmp_path / "copies").glob("*/*manifest*")) and not list((tmp_path / "copies").glob("versions/[!.]*"))
 
 
@@ -274,14 +275,17 @@ def test_a_file_changed_together_with_its_manifest_is_not_served(local, storage,
     other = make(tmp_path / "other", "malicious")
     for name in ("fp32.onnx", "version.json", "manifest.json"):
         shutil.copy(other / name, stored(storage, version, name))
-    with pytest.raises(UserError, match=r"demo@1: the files .* are not the ones published"):
+    with pytest.raises(UserError, match=r"^demo@1: the registry's copy .* the files, and their manifest with them, are not the ones published"):
         fetch("demo@candidate", storage, tmp_path / "copies")
 
 
 def test_scores_changed_in_the_manifest_are_not_believed(local, storage, tmp_path):
     manifest = stored(storage, publish(local, tmp_path), "manifest.json")
     manifest.write_text(manifest.read_text().replace("0.9", "1.0"))
-    with pytest.raises(UserError, match=r"are not the ones published"):
+    with pytest.raises(UserError, match=r"^demo@1: the registry's copy .* manifest\.json is not the one published"):
+        fetch("demo@candidate", storage, tmp_path / "copies")
+    manifest.write_text("{")
+    with pytest.raises(UserError, match=r"^demo@1: the registry's copy .* manifest\.json is missing or damaged"):
         fetch("demo@candidate", storage, tmp_path / "copies")
 
 

@@ -7,10 +7,13 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 from portaisys import artifact, data, report, spec
 
@@ -109,12 +112,13 @@ EVIDENCE = {"test_rows": 600, "macro_f1": 0.93, "recall": {"0": 1.0, "3": 0.9}, 
 SENSITIVITY = [{"layer": f"stage.{index}.conv", "action": "int8", "drop": 0.01 * (index - 1), "latency_ratio": 1 - 0.1 * index} for index in range(4)]
 
 
-def run_page(folder, test, *, evidence=EVIDENCE, sensitivity=SENSITIVITY, answers=True):
+def run_page(folder, test, *, evidence=EVIDENCE, sensitivity=SENSITIVITY, answers=True, compress=()):
     """A page of a run with these parts, on the first rows of a split."""
     rows = [row_of("dense torch", 0.97, backend="torch", verdicts=None, admissible=False, **evidence), row_of("dense fp32", 0.97, verdicts={}, **evidence), row_of("small fp32", 0.95, parameters=3000, macs=100_000, latency_ms_p50=0.1, **evidence)]
     scores = {
         "train": {"validation_accuracy": 0.97, "parameters": 9000, "macs": 400_000}, "prune-1": {"validation_accuracy": 0.95, "parameters": 3000, "macs": 100_000} | ({"sensitivity": sensitivity} if sensitivity else {}),
-        "judge": {"rows": rows, "looks": 2}, "version": {"admitted": ["small fp32"]},
+        "quantize": {"parameters": 3000, "macs": 100_000, "onnx_bytes_fp32": 40_960, "onnx_bytes_int8": 11_264},
+        "judge": {"rows": rows, "looks": 2}, "version": {"admitted": ["small fp32"], "size_bytes": 40_960},
     }  # fmt: skip
     made = {}
     for name, found in scores.items():
@@ -123,11 +127,12 @@ def run_page(folder, test, *, evidence=EVIDENCE, sensitivity=SENSITIVITY, answer
             if name == "judge" and answers:
                 y = test.y.astype(np.int32)
                 before, now = y.copy(), y.copy()
-                before[:3], now[3:23] = (before[:3] + 1) % len(test.table.labels), (now[3:23] + 1) % len(test.table.labels)
+                classes = len(test.table.labels)
+                before[:3], now[3:23] = (before[:3] + 1) % classes, (now[3:23] + 1 + np.arange(20) % (classes - 1)) % classes
                 np.savez(draft.path / "answers.npz", y=y, dense_torch=before, small_fp32=now)
         made[name] = artifact.read(folder / name)
     logs = {"train": [{"epoch": 1, "loss": 1.0, "validation_accuracy": 0.9}, {"epoch": 2, "loss": 0.5, "validation_accuracy": 0.97}]}
-    return report.write(folder / "report.html", spec.parse({"name": "page"}), made, logs, "page@1", test if answers else None)
+    return report.write(folder / "report.html", spec.parse({"name": "page", "compress": compress}), made, logs, "page@1", test if answers else None)
 
 
 def test_a_page_says_what_changed_from_dense_to_served_with_bounds(tmp_path, digits):
@@ -137,6 +142,64 @@ def test_a_page_says_what_changed_from_dense_to_served_with_bounds(tmp_path, dig
     assert "right before, wrong now: 20 of 600" in text and "wrong before, right now: 3 of 600" in text and text.count("<figcaption>") == report.FLIPS + 3
     assert "small fp32, which is served, now" in text and report._compressed([row_of("dense fp32", 0.9, verdicts={}), row_of("int8", 0.8)], "dense fp32") == "int8"
     assert "-2.00 points" in text and "3 k (33%)" in text and "0.1 M (25%)" in text
+
+
+def test_what_quantization_bought_is_the_size_of_its_file(tmp_path, digits):
+    text = run_page(tmp_path, digits.test).read_text()
+    table = text[text.index("<table id='steps'>") :]
+    head, train, _, quantize, _, version, *_ = re.findall(r"<tr>(.*?)</tr>", table[: table.index("</table>")])
+    column = re.findall(r"<th.*?>(.*?)</th>", head).index("file")
+    assert [re.findall(r"<td.*?>(.*?)</td>", row)[column] for row in (train, quantize, version)] == ["-", "11 KiB (28% of fp32)", "40 KiB"]
+
+
+def test_of_many_pairs_of_classes_some_are_shown_and_it_says_of_how_many(tmp_path, digits):
+    text = run_page(tmp_path, digits.test).read_text()
+    wrong = len({(int(label), index % 9) for index, label in enumerate(digits.test.y[3:23])})
+    assert wrong > report.PAIRS and text.count(" pairs of classes") == 1 and f"<h3>right before, wrong now: 20 of 600</h3><p>8 of {wrong} pairs of classes" in text
+
+
+def test_a_step_of_the_spec_stands_on_the_page_without_the_steps_that_it_is_not(tmp_path, digits):
+    text = run_page(tmp_path, digits.test, compress=[{"prune": {"mac_cut": 0.3}}, {"quantize": {}}]).read_text()
+    shown = text[text.index("<h2>Spec</h2>") :]
+    assert "\n- prune:\n" in shown and "\n- quantize:\n" in shown and not re.search(r"(prune|sparsify|distill|quantize): null", shown)
+
+
+# --- plots, as matplotlib holds them --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, by name."""
+    drawn, svg = {}, report._svg
+    monkeypatch.setattr(report, "_svg", lambda figure, name, label: drawn.update({name: figure}) or svg(figure, name, label))
+    return drawn
+
+
+def test_a_layer_that_is_slower_compressed_is_red_whatever_its_accuracy(figures):
+    from matplotlib.colors import to_hex
+
+    layers = [{"layer": "worse", "action": "int8", "drop": 0.02, "latency_ratio": 0.9}, {"layer": "slower", "action": "int8", "drop": 0.0, "latency_ratio": 1.3}, {"layer": "untimed", "action": "int8", "drop": -0.01, "latency_ratio": None}]
+    report._sensitivity({"quantize": SimpleNamespace(scores={"sensitivity": layers})})
+    drops, ratios = figures["sensitivity-quantize"].axes
+    assert [[to_hex(bar.get_facecolor()) for bar in axis.patches] for axis in (drops, ratios)] == [["#b3261e", "#136f2d", "#136f2d"], ["#136f2d", "#b3261e", "#136f2d"]]
+    assert [axis.lines[-1].get_xdata()[0] for axis in (drops, ratios)] == [0.0, 1.0]
+
+
+NEAR = [row_of("dense torch", 0.97, backend="torch"), row_of("dense fp32", 0.97), row_of("small fp32", 0.969, latency_ms_p50=0.201, macs=399_000), row_of("int8", 0.969, latency_ms_p50=0.199), row_of("int8", 0.968, backend="openvino")]
+
+
+@pytest.mark.parametrize("rows", [NEAR, NEAR[:1], [*NEAR, row_of("tiny", 0.5, macs=900, latency_ms_p50=0.01)]])
+def test_each_name_of_the_pareto_plot_is_tied_to_its_point_and_each_axis_has_a_scale(figures, rows):
+    report._pareto(rows, 0.95)
+    FigureCanvasAgg(figure := figures["pareto"]).draw()
+    for axis, (key, factor) in zip(figure.axes, (("latency_ms_p50", 1), ("macs", 1e-6)), strict=True):
+        low, high = axis.get_xlim()
+        assert sum(low <= tick <= high for tick in axis.get_xticks()) >= 2
+        wanted = {(row["engine"] if row["engine"] != "int8" or len(rows) < 4 else f"int8 ({row['backend']})", (row[key] * factor, 100 * row["accuracy"])) for row in rows}
+        assert {(label.get_text(), label.xy) for label in axis.texts} == wanted and all(label.arrow_patch for label in axis.texts)
+        boxes = [Text.get_window_extent(label) for label in axis.texts]  # an annotation's own is with its line
+        assert not any(one.overlaps(other) for index, one in enumerate(boxes) for other in boxes[:index])
+        assert all(box.x0 >= axis.bbox.x1 and box.x1 <= figure.bbox.x1 for box in boxes)  # beside the points, and on the page
 
 
 def test_texts_whose_answer_changed_are_shown_as_text(tmp_path):

@@ -15,6 +15,10 @@ SPECS = sorted((ROOT / "jobs" / "specs").glob("*.yaml"))
 REFUSED = [
     ({"trian": {}}, "trian: unknown key; did you mean 'train'?"),
     ({"train": {"epoch": 3}}, "train.epoch: unknown key; did you mean 'epochs'?"),
+    ({"data": {"path": "x.npz"}}, "data.path: source 'digits' has no such key; fashion_mnist, npz and text have; leave it out, or take another"),
+    ({"model": {"name": "transformer", "stem": 8}}, "model.stem: name 'transformer' has no such key; convnet has; leave it out, or take another"),
+    ({"compress": [{"distill": {"student": {"name": "convnet", "depth": 2}}}]}, "compress.0.distill.student.depth: name 'convnet' has no such key; transformer and text_transformer have"),
+    ({"data": {"source": "text", "test_row": 9}}, "data.test_row: unknown key; did you mean 'test_rows'?"),
     ({"epochs": 3}, "epochs: unknown key; did you mean 'train.epochs'?"),
     ({"compress": [{"prune": {"mac_ct": 0.5}}]}, "compress.0.prune.mac_ct: unknown key; did you mean 'mac_cut'?"),
     ({"train": {"epochs": "many"}}, "train.epochs: 'many': should be a valid integer"),
@@ -28,6 +32,7 @@ REFUSED = [
     ({"train": {"tokens_per_batch": 512, "micro_batch": 4}}, "train.tokens_per_batch: it says what is computed at once as well"),
     ({"train": {"tokens_per_batch": 512, "ddp": {"static_graph": True}}}, "train.tokens_per_batch: workers cut their rows into different numbers of micro-batches"),
     ({"compress": [{"quantize": {}}, {"prune": {}}]}, "must be the last step"),
+    ({"compress": [{"prune": {}}, {"distill": {"student": {"name": "convnet"}}}]}, "compress.1.distill.student: it is another model"),
     ({"compress": [{"prune": {}, "distill": {}}]}, "exactly one of prune, sparsify, distill, quantize"),
     ({"compress": [{"sparsify": {}}, {"prune": {}}]}, "compress.1.prune: two of four weights are zero by then"),
     ({"model": {"channels": [8, 16], "blocks": [1]}}, "model.blocks: 1 values for 2 stages"),
@@ -45,6 +50,16 @@ def test_a_wrong_spec_is_refused_with_its_path_and_the_fix(tree, message):
     with pytest.raises(SpecError) as error:
         spec.parse({"name": "x", **tree})
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tree", "start"),
+    [({"compress": [{"quantize": {}}, {"prune": {}}]}, "compress: quantize works"), ({"serve": {"max_batch": 128}}, "serve.max_batch: "), ({"engine": {"precisions": ["int8"]}}, "engine.precisions: ")],
+)  # fmt: skip
+def test_what_is_wrong_between_sections_begins_with_the_section_that_is_to_be_changed(tree, start):
+    with pytest.raises(SpecError) as error:
+        spec.parse({"name": "x", **tree})
+    assert str(error.value).startswith(start)
 
 
 def test_every_error_of_a_spec_is_told_at_once():
@@ -86,6 +101,7 @@ def test_a_resolved_spec_reads_back_as_itself(path, tmp_path):
     loaded = spec.load(path)
     (tmp_path / "resolved.yaml").write_text(spec.to_yaml(loaded))
     assert spec.load(tmp_path / "resolved.yaml") == loaded
+    assert "prune: null" not in (tmp_path / "resolved.yaml").read_text()
 
 
 def test_a_spec_is_frozen():

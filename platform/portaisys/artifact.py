@@ -103,11 +103,16 @@ def read(folder: Path, *, verify: bool = False) -> Artifact:
     return found
 
 
-def _verify(found: Artifact) -> None:
+def damaged(found: Artifact) -> list[str]:
+    """Names of its files, or of its manifest, that are not as they were when it was finished; every file is hashed."""
     actual = hash_files(found.path)
     wrong = sorted(name for name in {**found.files, **actual} if found.files.get(name) != actual.get(name))
-    if wrong or digest(dict(found.files)) != found.digest:
-        raise UserError(f"{found.path}: {', '.join(wrong) or MANIFEST} differs from its manifest; delete the folder and fetch or make it again")
+    return wrong or ([MANIFEST] if digest(dict(found.files)) != found.digest else [])
+
+
+def _verify(found: Artifact) -> None:
+    if wrong := damaged(found):
+        raise UserError(f"{found.path}: {', '.join(wrong)} differs from its manifest; delete the folder and fetch or make it again")
 
 
 def find(folder: Path, key: str) -> Artifact | None:

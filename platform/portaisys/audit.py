@@ -101,17 +101,24 @@ def _audited(opened: Registry, version: Version, found: Artifact, storage: Stora
 
 def _spec(opened: Registry, version: Version, storage: Storage, data_path: str) -> Spec:
     tree = opened.spec_of(version)
+    if data_path and "path" not in tree["data"]:
+        raise UserError(f"{version}: source {tree['data']['source']} reads no file; leave --data out")
     if data_path:
         tree["data"]["path"] = data_path
     return spec.parse(tree).model_copy(update={"storage": storage})
 
 
 def _same_rows(options: Spec, version: Version, about: Mapping[str, Any]) -> Splits:
-    splits, wanted = data.load(options.data), about["lineage"]["test"]
+    wanted = about["lineage"]["test"]
+    remedy = "bring the data back" + (", or say where it lies (--data)" if hasattr(options.data, "path") else "")
+    try:
+        splits = data.load(options.data)
+    except UserError as error:
+        raise UserError(f"{version}: the rows that it was judged on cannot be read: {error}; {remedy}") from None
     if splits.test_digest != wanted:
         raise UserError(
             f"{version}: was judged on the test split {wanted[:12]}, and data.source={options.data.source} gives {splits.test_digest[:12]} now: other rows, "
-            "on which no verdict can be held against the old one; bring the data back, or say where it lies (--data)"
+            f"on which no verdict can be held against the old one; {remedy}"
         )
     return splits
 

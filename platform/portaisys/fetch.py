@@ -73,7 +73,8 @@ def _copy(registry: Registry, version: Version, cache_dir: Path) -> Fetched:
 def verified_copy(registry: Registry, version: Version, folder: Path) -> Path:
     """The version's files, downloaded below `folder`; returns where. Raises UserError when they are not the ones published."""
     came = registry.download(version, folder)
-    _check_copy(came, version)
+    if fault := _fault(came, version):  # the folder is often gone when this is read, so what is named is where it came from
+        raise UserError(f"{version}: the registry's copy (artifacts of run {version.run_id}) is not what was published: {fault}; put a good copy back in its place, or publish one under another name")
     return came
 
 
@@ -94,15 +95,21 @@ def _last_copy(reference: str, memo: Path, cache_dir: Path, cause: UnreachableEr
 def _is_good_copy(folder: Path, version: Version) -> bool:
     if not folder.exists():
         return False
+    if fault := _fault(folder, version):
+        _log.warning("%s: the local copy is not what was published and is not used: %s: %s", version, folder, fault)
+    return not fault
+
+
+def _fault(folder: Path, version: Version) -> str:
+    """What in a copy is not as it was published, by the names of files; empty when all is."""
     try:
-        _check_copy(folder, version)
-    except UserError as error:
-        _log.warning("%s: the local copy is not what was published and is not used: %s", version, error)
-        return False
-    return True
-
-
-def _check_copy(folder: Path, version: Version) -> None:
-    found = artifact.read(folder, verify=True)
-    if found.digest != version.digest or artifact.hash_file(folder / artifact.MANIFEST) != version.manifest:
-        raise UserError(f"{version}: the files in {folder} are not the ones published; publish it again from a good copy")
+        found = artifact.read(folder)
+    except UserError:
+        return f"{artifact.MANIFEST} is missing or damaged"
+    if wrong := artifact.damaged(found):
+        return f"{', '.join(wrong)} differs from its manifest"
+    if found.digest != version.digest:
+        return "the files, and their manifest with them, are not the ones published"
+    if artifact.hash_file(folder / artifact.MANIFEST) != version.manifest:
+        return f"{artifact.MANIFEST} is not the one published"
+    return ""

@@ -250,11 +250,15 @@ class Registry:
         return run_id
 
     def spec_of(self, version: Version) -> dict[str, Any]:
-        """The spec of the run that made a version, as it was logged. Raises UserError when it is not there or not the one of the version's lineage."""
+        """The spec of the run that made a version, as it was logged. Raises UserError when it is not there, damaged or not the one of the version's lineage."""
         with self.asking(f"reading the spec of {version}"), tempfile.TemporaryDirectory() as folder:
             if not any(file.path == SPEC for file in self.client.list_artifacts(version.run_id)):
                 raise UserError(f"{version}: its run {version.run_id} holds no {SPEC} (an older portaisys published it); run its spec again under another name")
-            tree: dict[str, Any] = json.loads(Path(self.client.download_artifacts(version.run_id, SPEC, folder)).read_text())
+            written = Path(self.client.download_artifacts(version.run_id, SPEC, folder)).read_bytes()
+        try:
+            tree: dict[str, Any] = json.loads(written)
+        except ValueError as error:  # the registry answered: what it holds is damaged
+            raise UserError(f"{version}: {SPEC} of its run {version.run_id} in the registry is damaged ({error}); put a good copy back, or run its spec again under another name") from None
         if value_digest(tree) != version.lineage.get("spec"):
             raise UserError(f"{version}: {SPEC} of its run {version.run_id} is not the spec of its lineage ({version.lineage.get('spec', 'none')[:12]}); it was changed")
         return tree

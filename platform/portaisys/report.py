@@ -10,6 +10,7 @@ import html
 import io
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -170,8 +171,6 @@ def _worst_class(dense: Mapping[str, Any], served: Mapping[str, Any]) -> list[st
 
 def _pareto(rows: Sequence[Mapping[str, Any]], confidence: float) -> str:
     """Accuracy with its interval against latency, and against MACs; the bubble is as large as the model has parameters, and the line joins what nothing beats."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     from portaisys.gate import accuracy_interval
 
     shown = [row for row in rows if row["accuracy"] is not None and row["latency_ms_p50"] is not None]
@@ -180,23 +179,47 @@ def _pareto(rows: Sequence[Mapping[str, Any]], confidence: float) -> str:
     figure, most = _figure(11, 4.2), max(row["parameters"] for row in shown) or 1
     for axis, (key, factor, title) in zip(figure.subplots(1, 2, sharey=True), (("latency_ms_p50", 1, "latency p50 at batch 1, ms"), ("macs", 1e-6, "MACs, millions")), strict=True):
         points = [(row[key] * factor, 100 * row["accuracy"]) for row in shown]
-        for number, (row, (x, y)) in enumerate(zip(shown, points, strict=True)):
-            colour = "#6b7680" if row["backend"] == "torch" else "#136f2d" if row["admissible"] else "#b3261e"
+        for row, (x, y) in zip(shown, points, strict=True):
+            colour = _colour(row)
             if row.get("test_rows"):
                 low, high = (100 * bound for bound in accuracy_interval(row["accuracy"], row["test_rows"], confidence))
                 axis.errorbar(x, y, yerr=[[max(0.0, y - low)], [max(0.0, high - y)]], color=colour, capsize=3, alpha=0.6)
             axis.scatter(x, y, s=30 + 300 * row["parameters"] / most, color=colour, alpha=0.6, edgecolors="none")
-            axis.annotate(row["engine"], (x, y), xytext=(7, -12 if number % 2 else 5), textcoords="offset points", fontsize=8)
         front = [point for point in sorted(set(points)) if not any(x <= point[0] and y >= point[1] and (x, y) != point for x, y in points)]
         axis.plot(*zip(*front, strict=True), color="#1f5fa8", linewidth=1, linestyle="--")
         axis.set(xlabel=title, xscale="log")
         axis.margins(0.15)
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter(NullFormatter())
+        _ticks(axis)
         axis.grid(alpha=0.3)
+        _labels(axis, shown, points)
     figure.axes[0].set_ylabel(f"test accuracy, % ({100 * confidence:.4g} % interval)")
     return _svg(figure, "pareto", "accuracy with its interval against latency and against MACs of each engine; bubbles as large as the parameters, green admissible, red not, grey torch")
+
+
+def _colour(row: Mapping[str, Any]) -> str:
+    return "#6b7680" if row["backend"] == "torch" else "#136f2d" if row["admissible"] else "#b3261e"
+
+
+def _ticks(axis: Any) -> None:
+    """1, 2, 5 of each decade, or where the points lie closer together than that, even steps: one tick gives no scale."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    low, high = axis.get_xlim()
+    round_ones = [tick for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high))) for tick in (10**power, 2 * 10**power, 5 * 10**power) if low <= tick <= high]
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if len(round_ones) > 1 else MaxNLocator(4))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _labels(axis: Any, rows: Sequence[Mapping[str, Any]], points: Sequence[tuple[float, float]]) -> None:
+    """Right of the panel, in the order of accuracy, a line from each to its point: beside points that lie near each other it could not be told whose a name is."""
+    names = Counter(row["engine"] for row in rows)
+    order = sorted(range(len(rows)), key=lambda index: (points[index][1], -points[index][0]))
+    for place, index in enumerate(order):
+        row, height = rows[index], (place + 0.5) / len(rows)
+        name = row["engine"] if names[row["engine"]] == 1 else f"{row['engine']} ({row['backend']})"
+        line = {"arrowstyle": "-", "color": _colour(row), "alpha": 0.6, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 0}
+        axis.annotate(name, points[index], xytext=(1.04, height), textcoords="axes fraction", va="center", fontsize=8, color=_colour(row), arrowprops=line)
 
 
 # --- rows whose answer changed --------------------------------------------------------------------------------------
@@ -221,7 +244,10 @@ def _flips(judged: Artifact, shown: str, best: str, test: Split | None) -> str:
     for title, chosen in (("right before, wrong now", (before == y) & (now != y)), ("wrong before, right now", (before != y) & (now == y))):
         positions = chosen.nonzero()[0]
         said.append(f"<h3>{title}: {len(positions):,} of {len(y):,}</h3>")
-        pairs = Counter((int(y[p]), int(before[p]), int(now[p])) for p in positions).most_common(PAIRS)
+        counts = Counter((int(y[p]), int(before[p]), int(now[p])) for p in positions)
+        pairs = counts.most_common(PAIRS)
+        if len(counts) > PAIRS:
+            said.append(f"<p>{PAIRS} of {len(counts):,} pairs of classes, those of most rows.</p>")
         if pairs:
             said.append(_rows_of(["class", "before", "now", "rows"], [[*(_named(index, labels) for index in pair), f"{count:,}"] for pair, count in pairs], title.replace(", ", "-").replace(" ", "-")))
         if test:
@@ -277,9 +303,12 @@ def _sensitivity(artifacts: Mapping[str, Artifact]) -> str:
         figure = _figure(11, 1.2 + 0.24 * len(found))
         axes = figure.subplots(1, 1 + timed, sharey=True, squeeze=False)[0]
         for axis, (key, factor, title) in zip(axes, (("drop", 100, "validation accuracy drop, points"), ("latency_ratio", 1, "latency over uncompressed")), strict=False):
+            # Worse than uncompressed is red in each panel by its own measure: a layer that costs no accuracy may still be slower.
+            same = 1.0 if key == "latency_ratio" else 0.0
             heights = [one.get(key) for one in found]
-            colours = ["#b3261e" if one["drop"] > 0 else "#136f2d" for one in found]
+            colours = ["#b3261e" if height is not None and height > same else "#136f2d" for height in heights]
             axis.barh(range(len(found)), [0 if height is None else height * factor for height in heights], color=colours)
+            axis.axvline(same, color="#555", linestyle="--", linewidth=1)
             axis.set(title=title, yticks=range(len(found)), yticklabels=[f"{one['layer']} ({one['action']})" for one in found], ylim=(len(found) - 0.5, -0.5))
             axis.grid(alpha=0.3, axis="x")
         parts.append(f"<h3>{html.escape(name)}</h3>" + _svg(figure, f"sensitivity-{name}", f"{name}: drop of accuracy of each layer compressed alone"))
@@ -287,7 +316,7 @@ def _sensitivity(artifacts: Mapping[str, Artifact]) -> str:
 
 
 def _steps(artifacts: Mapping[str, Artifact]) -> str:
-    """Each stage's model, beside the first one's, and the seconds it took."""
+    """Each stage's model, beside the first one's, the file it makes, and the seconds it took."""
     first = next((made.scores for made in artifacts.values() if "macs" in made.scores), {})
     body = []
     for name, made in artifacts.items():
@@ -295,9 +324,18 @@ def _steps(artifacts: Mapping[str, Artifact]) -> str:
         accuracy = scores.get("validation_accuracy")
         beside = f" ({100 * (accuracy - first['validation_accuracy']):+.2f} points)" if accuracy is not None and "validation_accuracy" in first else ""
         sizes = [f"{scores[key] * factor:,.4g} {unit} ({scores[key] / first[key]:.0%})" if scores.get(key) and first.get(key) else "-" for key, factor, unit in (("parameters", 1e-3, "k"), ("macs", 1e-6, "M"))]
-        body.append([name, "-" if accuracy is None else f"{accuracy:.2%}{beside}", *sizes, f"{made.seconds:,.1f}"])
+        body.append([name, "-" if accuracy is None else f"{accuracy:.2%}{beside}", *sizes, _file_size(scores), f"{made.seconds:,.1f}"])
     total = sum(made.seconds for made in artifacts.values())
-    return _rows_of(["stage", "validation accuracy", "parameters", "MACs", "seconds"], [*body, ["all", "", "", "", f"{total:,.1f}"]], "steps")
+    return _rows_of(["stage", "validation accuracy", "parameters", "MACs", "file", "seconds"], [*body, ["all", "", "", "", "", f"{total:,.1f}"]], "steps")
+
+
+def _file_size(scores: Mapping[str, Any]) -> str:
+    """Of a quantized file also beside the fp32 one it was made of: what int8 buys is seen in no other column."""
+    fp32 = scores.get("onnx_bytes_fp32")
+    rounded = next((size for name, size in scores.items() if name.startswith("onnx_bytes_") and name != "onnx_bytes_fp32"), None)
+    if fp32 and rounded:
+        return f"{_value(rounded, 1 / 1024, 'KiB')} ({rounded / fp32:.0%} of fp32)"
+    return _value(scores.get("size_bytes"), 1 / 1024, "KiB")
 
 
 def _verdicts(rows: Sequence[Mapping[str, Any]], looks: int) -> str:

@@ -50,7 +50,7 @@ class Section(BaseModel):
         if isinstance(values, Mapping):
             for key in values:
                 if key not in cls.model_fields:
-                    raise PydanticCustomError("unknown_key", "{key}", {"key": str(key), "near": _nearest(cls, str(key))})
+                    raise PydanticCustomError("unknown_key", "{key}", {"key": str(key), "near": _nearest(cls, str(key)), "kinds": _other_kinds(cls, str(key))})
         return values
 
 
@@ -709,25 +709,25 @@ class Spec(Section):
     def _sections_agree(self) -> Spec:
         kinds = [step.kind for step in self.steps]
         if "quantize" in kinds[:-1]:
-            raise ValueError("compress: quantize works on the exported file, so it must be the last step, and stand once")
+            raise ValueError(".compress: quantize works on the exported file, so it must be the last step, and stand once")
         if self.serve.max_batch and self.serve.max_batch > self.export.max_batch:
-            raise ValueError(f"serve.max_batch: {self.serve.max_batch} exceeds export.max_batch {self.export.max_batch}, up to which engines are verified")
+            raise ValueError(f".serve.max_batch: {self.serve.max_batch} exceeds export.max_batch {self.export.max_batch}, up to which engines are verified")
         for precision in {"int8", "fp8"} & {*(self.engine.precisions or ())}:
             if "quantize" not in kinds and self.compress != "auto":
-                raise ValueError(f"engine.precisions: {precision!r} needs a quantize step; add '- quantize: {{}}' to compress")
+                raise ValueError(f".engine.precisions: {precision!r} needs a quantize step; add '- quantize: {{}}' to compress")
         if self.quantize and self.engine.precisions and not {"int8", "fp8"} & {*self.engine.precisions}:
-            raise ValueError(f"engine.precisions: {', '.join(self.engine.precisions)} leave the quantize step without an engine, so it would be dropped; add int8, or remove the step")
+            raise ValueError(f".engine.precisions: {', '.join(self.engine.precisions)} leave the quantize step without an engine, so it would be dropped; add int8, or remove the step")
         if self.quantize and self.quantize.method == "weight_only" and "fp8" in (self.engine.precisions or ()):
-            raise ValueError("engine.precisions: 'fp8' has no weight_only form; leave it out, or set compress.quantize.method to ptq or qat")
+            raise ValueError(".engine.precisions: 'fp8' has no weight_only form; leave it out, or set compress.quantize.method to ptq or qat")
         return self
 
     @model_validator(mode="after")
     def _no_step_undoes_another(self) -> Spec:
         for number, step in enumerate(self.steps):
             if step.prune and any(before.sparsify for before in self.steps[:number]):
-                raise ValueError(f"compress.{number}.prune: two of four weights are zero by then, and what leaves would break the fours up; put sparsify after it")
+                raise ValueError(f".compress.{number}.prune: two of four weights are zero by then, and what leaves would break the fours up; put sparsify after it")
             if number and isinstance(step, Step) and step.distill and step.distill.student:
-                raise ValueError(f"compress.{number}.distill.student: it is another model, so what the steps before it made would be lost; put this step first")
+                raise ValueError(f".compress.{number}.distill.student: it is another model, so what the steps before it made would be lost; put this step first")
         return self
 
     @property
@@ -803,8 +803,11 @@ def dump(spec: Spec) -> dict[str, Any]:
 
 
 def to_yaml(spec: Spec) -> str:
-    """The resolved tree as YAML, in the order of the sections."""
-    return yaml.safe_dump(dump(spec), sort_keys=False)
+    """The resolved tree as YAML, in the order of the sections; of a compression step the one key that it holds."""
+    tree = dump(spec)
+    if spec.steps:
+        tree["compress"] = [{kind: options for kind, options in step.items() if options is not None} for step in tree["compress"]]
+    return yaml.safe_dump(tree, sort_keys=False)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -846,12 +849,14 @@ def _index(node: list[Any], part: str, path: str) -> int:
 def _explain(item: Any) -> str:
     path = ".".join(str(part) for part in _without_tags(item["loc"]))
     if item["type"] == "unknown_key":
-        key, near = item["ctx"]["key"], item["ctx"]["near"]
+        key, near, kinds = (item["ctx"][name] for name in ("key", "near", "kinds"))
         full = f"{path}.{key}" if path else key
-        return f"{full}: unknown key{f'; did you mean {near!r}?' if near else ''}"
+        if kinds:
+            return f"{full}: {kinds}; leave it out, or take another"
+        return f"{full}: unknown key{f'; did you mean {near!r}?' if near and near != full else ''}"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if message.startswith("."):  # a section's validator speaks of one of its own keys
-        return f"{path}{message}"
+    if message.startswith("."):  # a section's validator speaks of one of its own keys; the whole spec's of a section
+        return f"{path}{message}".lstrip(".")
     given = "" if isinstance(item["input"], (dict, list, tuple)) else f": {item['input']!r}"
     return f"{path or 'spec'}{given}: {message[0].lower()}{message[1:]}"
 
@@ -873,6 +878,20 @@ def _nearest(section: type[Section], key: str) -> str:
     paths = list(_paths(Spec))
     leaf = [path for path in paths if path.rsplit(".", 1)[-1] == key]
     return (leaf or difflib.get_close_matches(key, paths, n=1, cutoff=0.8) or [""])[0]
+
+
+def _other_kinds(section: type[Section], key: str) -> str:
+    """Of a section that comes in kinds (`data`, `model`): which have a key that this one lacks, in words; empty when none has."""
+    for union in (Data, Model):
+        members, told_by = typing.get_args(union)
+        sections = _sections_of(members)
+        names = {kind: typing.get_args(kind.model_fields[told_by.discriminator].annotation)[0] for kind in sections}
+        having = [names[kind] for kind in sections if key in kind.model_fields]
+        if section in sections and having:
+            *first, last = having
+            others = f"{', '.join(first)} and {last} have" if first else f"{last} has"
+            return f"{told_by.discriminator} {names[section]!r} has no such key; {others}"
+    return ""
 
 
 def _paths(section: type[Section], prefix: str = "") -> Iterator[str]:

@@ -36,6 +36,7 @@ ROWS, BATCH = 256, 16  # to measure importance with; Taylor's is sharper of smal
 GRID = 64  # of one-shot pruning: how finely its fraction is found
 LATENCY_ROUNDS, LATENCY_WARMUP = 100, 10
 TARGETS = ("mac_cut", "parameter_cut", "latency_cut")
+NAMED = 8  # layers that an error lists
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,11 @@ def prune_module(model: nn.Module, inputs: Sequence[Tensor], options: Prune, evi
         small, now = (_at_once if options.steps == 1 else _in_steps)(case, before)
     models.rebuild(model, small.model.state_dict())
     removed = {kind: small.removed[kind] for kind in options.what}
-    return {**now, "removed": removed, "skipped": [f"{name}: {reason}" for name, reason in sorted(case.bounds.unfit.items())]}
+    return {**now, "removed": removed, "skipped": _skipped(case)}
+
+
+def _skipped(case: _Case) -> list[str]:
+    return [f"{name}: {reason}" for name, reason in sorted(case.bounds.unfit.items())]
 
 
 def rehearse(model: nn.Module, shape: Sequence[int], options: Prune, classes: int) -> None:
@@ -173,11 +178,19 @@ def _out_of_reach(model: nn.Module, case: _Case, now: dict[str, Any]) -> UserErr
     options, best = case.options, dict(now)
     if options.latency_cut and "latency_cut" not in best:
         best["latency_cut"] = _latency_cut(model, case)
-    asked = [target for target in TARGETS if target in best]
+    asked = [target for target in TARGETS if getattr(options, target)]
+    bounds = _listed([f"round_to {options.round_to}", f"what [{', '.join(options.what)}]", *([f"keep [{', '.join(options.keep)}]"] if options.keep else [])])
     return UserError(
         f"compress.prune: {_listed(f'{target} {getattr(options, target)}' for target in asked)} cannot be met; this model reaches at most "
-        f"{_listed(f'{target} {best[target]:.3f}' for target in asked)} with round_to {options.round_to} and what [{', '.join(options.what)}]; ask for less, or let more leave"
+        f"{_listed(f'{target} {best[target]:.3f}' for target in asked)} with {bounds}{_in_the_way(case)}; ask for less, or let more leave"
     )
+
+
+def _in_the_way(case: _Case) -> str:
+    """Which layers could not be pruned and why, as the notes of a pruning that succeeds say it."""
+    skipped = _skipped(case)
+    more = f"; and {len(skipped) - NAMED} more" if len(skipped) > NAMED else ""
+    return f"; it left as it was {'; '.join(skipped[:NAMED])}{more}" if skipped else ""
 
 
 def _listed(items: Any) -> str:
