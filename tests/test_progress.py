@@ -58,7 +58,7 @@ def same(a, b):
 
 
 def short(folder, *overrides):
-    return spec.load(ROOT / "jobs/specs/digits.yaml", ["train.num_workers=0", "train.epochs=1", "model.channels=[8,16]", "model.blocks=[1,1]", f"storage.path={folder / 'runs'}", f"storage.cache={folder / 'cache'}", *overrides])
+    return spec.load(ROOT / "jobs/specs/digits.yaml", ["train.num_workers=0", "train.epochs=1", "model.channels=[8,16]", "model.blocks=[1,1]", "compress=[]", f"storage.path={folder / 'runs'}", f"storage.cache={folder / 'cache'}", *overrides])
 
 
 def quiet(stage, text="", fraction=None, state="running"):
@@ -195,7 +195,7 @@ def test_a_traced_training_leaves_a_chrome_trace_and_the_same_artifact(tmp_path,
 
 def test_the_closing_table_of_a_training_says_where_its_files_are(tmp_path, capsys):
     folder = tmp_path / "runs"
-    told = [str(ROOT / "jobs/specs/digits.yaml"), "train.num_workers=0", "train.epochs=1", "model.channels=[8,16]", "model.blocks=[1,1]", f"storage.path={folder}"]
+    told = [str(ROOT / "jobs/specs/digits.yaml"), "train.num_workers=0", "train.epochs=1", "model.channels=[8,16]", "model.blocks=[1,1]", "compress=[]", f"storage.path={folder}"]
     assert main(["train", *told, "train.profile_steps=1"]) == 0
     said = "".join(capsys.readouterr().out.split())
     made = artifact.read(folder / "digits" / "train")
