@@ -319,7 +319,7 @@ def _one(
 ) -> tuple[Artifact, bool]:
     parents = {role: done[name] for role, name in stage.parents.items()}
     about, place, work = _about(options, stage, done, splits), folder / stage.name, folder / f"{stage.name}.work"
-    key, uri = spec.digest([*about.values()]), _uri(options, stage)
+    key, uri = _key(about), _uri(options, stage)
     found = _found(options, stage, key, folder)
     if found:
         _finish(options, found, uri, work)
@@ -347,9 +347,13 @@ def _one(
 
 
 def _about(options: Spec, stage: Stage, done: Mapping[str, Artifact], splits: Splits) -> dict[str, Any]:
-    """All that a stage's artifact depends on; its digest is the key."""
+    """All that a stage's artifact depends on."""
     parents = {role: done[name].digest for role, name in stage.parents.items()}
     return {"stage": stage.kind, "options": dict(stage.options), "spec": _sections(options, stage), "parents": parents, "data": splits.digest}
+
+
+def _key(about: Mapping[str, Any]) -> str:
+    return spec.digest([*about.values()])
 
 
 def _uri(options: Spec, stage: Stage) -> str:
@@ -367,7 +371,7 @@ def _finished(options: Spec, stages: Sequence[Stage], splits: Splits, folder: Pa
     """The stages, in order, that this run will only read."""
     done: dict[str, Artifact] = {}
     for stage in stages:
-        if {*stage.parents.values()} <= done.keys() and (found := _found(options, stage, spec.digest([*_about(options, stage, done, splits).values()]), folder)):
+        if {*stage.parents.values()} <= done.keys() and (found := _found(options, stage, _key(_about(options, stage, done, splits)), folder)):
             done[stage.name] = found
     return done
 

@@ -53,6 +53,10 @@ class Section(BaseModel):
                     raise PydanticCustomError("unknown_key", "{key}", {"key": str(key), "near": _nearest(cls, str(key)), "kinds": _other_kinds(cls, str(key))})
         return values
 
+    def _differs(self, *names: str) -> str:
+        """The first of these that is not at its default, which is what a spec that was written out says too; empty when none is."""
+        return next((name for name in names if getattr(self, name) != type(self).model_fields[name].default), "")
+
 
 # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -339,7 +343,7 @@ class Prune(Section):
     def _one_target(self) -> Prune:
         if self.ratios is not None and (self.mac_cut, self.parameter_cut, self.latency_cut) != (0.5, 0.0, 0.0):
             raise ValueError(".ratios: they decide what is cut, so mac_cut, parameter_cut and latency_cut cannot be met as well; leave those out")
-        if self.ratios is not None and (self.scope != "layer" or self.steps != 20):
+        if self.ratios is not None and self._differs("scope", "steps"):
             raise ValueError(".ratios: they are of each stage and cut at once; leave scope and steps out, or take mac_cut")
         if self.ratios is not None and "blocks" in self.what:
             raise ValueError(".ratios: they are of widths; leave blocks out of what, or take mac_cut")
@@ -476,10 +480,6 @@ class Quantize(Section):
         if self.method != "qat" and (idle := self._differs("distill", "epochs", "learning_rate")):
             raise ValueError(f".{idle}: only qat trains, and this is {self.method}; set method: qat, or leave it out")
         return self
-
-    def _differs(self, *names: str) -> str:
-        """The first of these that is not at its default, which is what a spec that was written out says too; empty when none is."""
-        return next((name for name in names if getattr(self, name) != type(self).model_fields[name].default), "")
 
     @property
     def searches(self) -> bool:
